@@ -1,0 +1,42 @@
+//! From the bytes of a file to what the model sees: decode, crop to the brain, resize, quantize.
+//!
+//! Everything here is pure: bytes and parameters in, pixels or a [`DecodeError`](crate::prediction::RejectReason) out.
+//! The routine is that of the Flask application ScanSentry descends from (OpenCV's `imread`, `crop_imgs`,
+//! `preprocess_imgs`), and its answers have to match it.
+
+pub mod decode;
+pub mod quantize;
+pub mod resize;
+pub mod roi;
+
+use image::{GrayImage, RgbImage};
+
+/// An 8-bit picture as OpenCV's `imread` would give it, without its channel reversal.
+///
+/// A single-channel file stays single-channel: `imread` would triple it, and the grey conversion of three equal
+/// channels gives the same level back, so nothing is lost and two thirds of the work is saved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Picture {
+    /// One channel, 0 black to 255 white.
+    Gray(GrayImage),
+    /// Three channels, red first.
+    Rgb(RgbImage),
+}
+
+impl Picture {
+    /// Width in pixels.
+    pub fn width(&self) -> u32 {
+        match self {
+            Self::Gray(image) => image.width(),
+            Self::Rgb(image) => image.width(),
+        }
+    }
+
+    /// Height in pixels.
+    pub fn height(&self) -> u32 {
+        match self {
+            Self::Gray(image) => image.height(),
+            Self::Rgb(image) => image.height(),
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! ScanSentry.
+
+pub mod engine;
+pub mod imaging;
+pub mod prediction;

@@ -1,0 +1,3 @@
+//! The `scansentry` command.
+
+fn main() {}
