@@ -28,7 +28,10 @@ pub struct RejectReason {
 impl RejectReason {
     /// A reason with its code and a one-line message.
     pub fn new(code: RejectCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self {
+            code,
+            message: message.into(),
+        }
     }
 }
 

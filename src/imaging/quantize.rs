@@ -1,1 +1,262 @@
-//! Quantize.
+//! Normalisation and quantization of the resized picture into the bytes of the model's input tensor.
+//!
+//! Both are functions of one 8-bit level and its channel, so they are worked out once for all 256 levels and the
+//! picture is only looked up. The layout is NHWC with a batch of one.
+//!
+//! What the application's VGG16 sees, spelled out: `imread` gives blue, green, red; Keras' `preprocess_input` in its
+//! caffe mode reverses the channels (meaning to make BGR of RGB, here making RGB of BGR) and then takes 103.939 from the
+//! first, 116.779 from the second, 123.68 from the third. So *red* loses the 103.939 that was meant for blue. The
+//! manifest for such a model says `Rgb` and `Caffe`; a model trained on pictures loaded as RGB says `Bgr` and `Caffe`.
+//! On grey pictures the two differ only by which channel has which mean.
+
+use super::Picture;
+use crate::engine::{ElementType, QuantParams};
+
+/// What is done to a level `v` (0 to 255) before quantization. Channels count in the tensor's order.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Normalization {
+    /// `v`: the model has its own rescaling.
+    None,
+    /// `v / 255`.
+    ZeroOne,
+    /// `v / 127.5 - 1` (Keras' `tf` mode).
+    MinusOneOne,
+    /// `v - m` with m = 103.939, 116.779, 123.68 for the tensor's first, second and third channel (Keras' `caffe` mode);
+    /// a single-channel tensor uses the mean for green.
+    Caffe,
+    /// `(v - mean) / std` with both in levels of 0 to 255, as in TFLite metadata. For a mean given for 0 to 1, as in
+    /// PyTorch, multiply mean and standard deviation by 255.
+    MeanStd {
+        /// Mean of each channel.
+        mean: [f32; 3],
+        /// Standard deviation of each channel, finite and not 0.
+        std: [f32; 3],
+    },
+}
+
+/// Channels of the tensor, first to last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ColorOrder {
+    /// Red, green, blue. A grey picture fills all three.
+    Rgb,
+    /// Blue, green, red. A grey picture fills all three.
+    Bgr,
+    /// One channel; a colour picture is made grey by its luma (0.299 red, 0.587 green, 0.114 blue; OpenCV's rounding).
+    Gray,
+}
+
+impl ColorOrder {
+    /// Number of channels of the tensor.
+    pub fn channels(self) -> usize {
+        match self {
+            Self::Rgb | Self::Bgr => 3,
+            Self::Gray => 1,
+        }
+    }
+}
+
+/// Why no table can be built.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum QuantizeError {
+    /// An integer tensor needs a scale and a zero point.
+    #[error(
+        "the input tensor is {0:?} but carries no quantization parameters; convert the model with a representative data set"
+    )]
+    NoQuantParams(ElementType),
+    /// The scale is not a finite number above 0.
+    #[error("input quantization scale: {0} is not a finite number above 0")]
+    Scale(f32),
+    /// A normalisation constant is not a finite number, or a standard deviation is 0.
+    #[error(
+        "normalisation: mean {mean} and standard deviation {std} of channel {channel} must be finite, the latter not 0"
+    )]
+    MeanStd {
+        /// Index of the tensor's channel.
+        channel: usize,
+        /// Its mean.
+        mean: f32,
+        /// Its standard deviation.
+        std: f32,
+    },
+}
+
+/// Turns a picture of the model's size into tensor bytes.
+#[derive(Debug, Clone)]
+pub struct Quantizer {
+    order: ColorOrder,
+    table: Table,
+}
+
+/// The tensor element of each level, a table per channel of the tensor.
+#[derive(Debug, Clone)]
+enum Table {
+    /// Every level stands for itself in every channel.
+    Identity,
+    Bytes(Box<[[u8; 256]; 3]>),
+    Floats(Box<[[f32; 256]; 3]>),
+}
+
+impl Quantizer {
+    /// Tables for a tensor of `element`s in channel order `order`.
+    ///
+    /// Quantized: `round(real / scale) + zero_point`, halves away from zero (as TFLite's `QUANTIZE` does), clamped to the
+    /// element's range. `quant` is ignored for floats.
+    pub fn new(
+        normalization: Normalization,
+        order: ColorOrder,
+        element: ElementType,
+        quant: Option<QuantParams>,
+    ) -> Result<Self, QuantizeError> {
+        let channels = order.channels();
+        if let Normalization::MeanStd { mean, std } = normalization {
+            let bad = |c: &usize| !mean[*c].is_finite() || !std[*c].is_finite() || std[*c] == 0.0;
+            if let Some(channel) = (0..channels).find(bad) {
+                return Err(QuantizeError::MeanStd {
+                    channel,
+                    mean: mean[channel],
+                    std: std[channel],
+                });
+            }
+        }
+        let real =
+            |channel: usize, level: usize| normalization.apply(level as f32, channel, channels);
+        let (low, high) = match element {
+            ElementType::Float32 => {
+                let table = std::array::from_fn(|channel| {
+                    std::array::from_fn(|level| real(channel, level))
+                });
+                return Ok(Self {
+                    order,
+                    table: Table::Floats(Box::new(table)),
+                });
+            }
+            ElementType::Int8 => (-128, 127),
+            ElementType::UInt8 => (0, 255),
+        };
+        let QuantParams { scale, zero_point } =
+            quant.ok_or(QuantizeError::NoQuantParams(element))?;
+        if !(scale.is_finite() && scale > 0.0) {
+            return Err(QuantizeError::Scale(scale));
+        }
+        let table: [[u8; 256]; 3] = std::array::from_fn(|channel| {
+            std::array::from_fn(|level| {
+                let steps =
+                    f64::from((real(channel, level) / scale).round()) + f64::from(zero_point);
+                // The low byte is the element's two's complement.
+                steps.clamp(f64::from(low), f64::from(high)) as i32 as u8
+            })
+        });
+        let identity = table[..channels]
+            .iter()
+            .all(|t| t.iter().enumerate().all(|(i, &v)| i == usize::from(v)));
+        Ok(Self {
+            order,
+            table: if identity {
+                Table::Identity
+            } else {
+                Table::Bytes(Box::new(table))
+            },
+        })
+    }
+
+    /// Fills `tensor` with the elements of `picture`: height x width x [`ColorOrder::channels`], floats in native byte
+    /// order. The vector is reused when its length fits.
+    pub fn quantize(&self, picture: &Picture, tensor: &mut Vec<u8>) {
+        let pixels = picture.width() as usize * picture.height() as usize;
+        let width = if matches!(self.table, Table::Floats(_)) {
+            4
+        } else {
+            1
+        };
+        tensor.resize(pixels * self.order.channels() * width, 0);
+        match &self.table {
+            Table::Identity => self.fill(picture, tensor, |_, level| [level]),
+            Table::Bytes(table) => self.fill(picture, tensor, |channel, level| {
+                [table[channel][usize::from(level)]]
+            }),
+            Table::Floats(table) => {
+                self.fill(picture, tensor, |channel, level| {
+                    table[channel][usize::from(level)].to_ne_bytes()
+                });
+            }
+        }
+    }
+
+    fn fill<const BYTES: usize>(
+        &self,
+        picture: &Picture,
+        tensor: &mut [u8],
+        element: impl Fn(usize, u8) -> [u8; BYTES],
+    ) {
+        let elements = tensor.as_chunks_mut::<BYTES>().0;
+        match (picture, self.order) {
+            (Picture::Gray(image), ColorOrder::Gray) => {
+                for (out, &level) in elements.iter_mut().zip(image.as_raw()) {
+                    *out = element(0, level);
+                }
+            }
+            (Picture::Gray(image), ColorOrder::Rgb | ColorOrder::Bgr) => {
+                for (out, &level) in elements
+                    .as_chunks_mut::<3>()
+                    .0
+                    .iter_mut()
+                    .zip(image.as_raw())
+                {
+                    *out = [element(0, level), element(1, level), element(2, level)];
+                }
+            }
+            (Picture::Rgb(image), ColorOrder::Rgb) => {
+                for (out, p) in elements
+                    .as_chunks_mut::<3>()
+                    .0
+                    .iter_mut()
+                    .zip(image.as_raw().as_chunks::<3>().0)
+                {
+                    *out = [element(0, p[0]), element(1, p[1]), element(2, p[2])];
+                }
+            }
+            (Picture::Rgb(image), ColorOrder::Bgr) => {
+                for (out, p) in elements
+                    .as_chunks_mut::<3>()
+                    .0
+                    .iter_mut()
+                    .zip(image.as_raw().as_chunks::<3>().0)
+                {
+                    *out = [element(0, p[2]), element(1, p[1]), element(2, p[0])];
+                }
+            }
+            (Picture::Rgb(image), ColorOrder::Gray) => {
+                for (out, p) in elements.iter_mut().zip(image.as_raw().as_chunks::<3>().0) {
+                    *out = element(0, luma(*p));
+                }
+            }
+        }
+    }
+}
+
+impl Normalization {
+    /// The normalised value of a level in the tensor's `channel` of `channels`.
+    fn apply(self, level: f32, channel: usize, channels: usize) -> f32 {
+        match self {
+            Self::None => level,
+            Self::ZeroOne => level / 255.0,
+            Self::MinusOneOne => level / 127.5 - 1.0,
+            Self::Caffe => {
+                const MEANS: [f32; 3] = [103.939, 116.779, 123.68];
+                level
+                    - if channels == 1 {
+                        MEANS[1]
+                    } else {
+                        MEANS[channel]
+                    }
+            }
+            Self::MeanStd { mean, std } => (level - mean[channel]) / std[channel],
+        }
+    }
+}
+
+/// `cvtColor(RGB2GRAY)` on true RGB: 15-bit weights, rounded half up.
+fn luma([red, green, blue]: [u8; 3]) -> u8 {
+    ((9798 * u32::from(red) + 19235 * u32::from(green) + 3735 * u32::from(blue) + (1 << 14)) >> 15)
+        as u8
+}

@@ -1,1 +1,662 @@
-//! Crop.
+//! The crop to the brain: `crop_imgs` of the Flask application, to the pixel.
+//!
+//! Grey, 5x5 Gaussian blur, threshold, erosion, dilation, the outer contour of largest area, its extreme points.
+//! Each step gives what OpenCV (4.5 to 5.0 agree) gives:
+//!
+//! - **Grey** is `RGB2GRAY` applied to a picture in `imread`'s BGR order, as the application does: blue gets the
+//!   weight meant for red. In 1/32768: 9798 blue, 19235 green, 3735 red, rounded half up.
+//! - **Blur** is `GaussianBlur((5, 5), 0)` on 8 bits: the kernel `[1 4 6 4 1] / 16` both ways, one rounding at the end,
+//!   borders mirrored without repeating the edge (`BORDER_REFLECT_101`).
+//! - **Threshold** keeps what is above the level.
+//! - **Erosion and dilation** with the 3x3 square; outside the picture counts as neutral.
+//! - **Contours**: 8-connected outer borders; the area is that of the polygon through the border pixels' centres
+//!   (`contourArea`); of equal areas the one whose first pixel comes last in reading order wins, because `findContours`
+//!   lists contours from the bottom up and `max` keeps the first.
+//! - **Rectangle**: half open at the extreme points, so the contour's last row and column are left out, as in
+//!   `img[top:bottom, left:right]`.
+//!
+//! The kernels are our own. `imageproc`'s blur, morphology (a distance transform) and `find_contours` take twenty times
+//! OpenCV's time together, and its contours leave out borders on the picture's edge. Here the mask is one bit a pixel from
+//! the threshold on: morphology is a few word operations for 64 pixels, components are joined run by run, and only
+//! components whose bounding box `(w - 1)(h - 1)` could hold the largest polygon are traced.
+
+use super::Picture;
+use crate::prediction::{RejectCode, RejectReason, Roi};
+
+/// Pictures with a shorter side than this are rejected: there is no anatomy to see in them.
+pub const MIN_SIDE: u32 = 16;
+
+/// Parameters of the crop, as the model manifest gives them. The defaults are the application's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CropSpec {
+    /// Grey level, 0 to 255, that a blurred pixel must exceed.
+    pub threshold: u8,
+    /// Rounds of 3x3 erosion.
+    pub erode: u32,
+    /// Rounds of 3x3 dilation.
+    pub dilate: u32,
+    /// Pixels added on every side of the rectangle (`add_pixels_value`); may be negative.
+    pub margin: i32,
+}
+
+impl Default for CropSpec {
+    fn default() -> Self {
+        Self {
+            threshold: 45,
+            erode: 2,
+            dilate: 2,
+            margin: 0,
+        }
+    }
+}
+
+/// Why the rectangle is the whole picture although a contour was found: cases where the application crashes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fallback {
+    /// The contour is one pixel wide or high (or a negative margin ate it): the half-open rectangle is empty.
+    EmptyCrop,
+    /// The margin reaches over the left or top edge: a negative index in `NumPy`.
+    NegativeIndex,
+}
+
+/// The brain's outline in one picture. Its points are in [`RoiFinder::contour`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BrainContour {
+    /// The rectangle to cut out, never empty and inside the picture.
+    pub roi: Roi,
+    /// The pixels that the contour spans, last row and column included, without the margin.
+    pub bounds: Roi,
+    /// Area of the polygon through the border pixels' centres in square pixels (`cv2.contourArea`), a multiple of 0.5.
+    pub area: f64,
+    /// Set when `roi` is the whole picture because the application's rectangle cannot be cut.
+    pub fallback: Option<Fallback>,
+}
+
+/// A point of the contour: column and row in pixels.
+pub type Point = (u32, u32);
+
+/// Finds the brain. Keeps its buffers, so one instance per thread is used for picture after picture.
+#[derive(Debug, Clone)]
+pub struct RoiFinder {
+    spec: CropSpec,
+    min_side: u32,
+    gray: Vec<u8>,
+    column_sums: Vec<u16>,
+    above: Vec<u8>,
+    mask: BitMask,
+    scratch: BitMask,
+    components: Components,
+    contour: Vec<Point>,
+    traced: Vec<Point>,
+}
+
+impl RoiFinder {
+    /// A finder with the parameters of `spec`.
+    pub fn new(spec: CropSpec) -> Self {
+        Self {
+            spec,
+            min_side: MIN_SIDE,
+            gray: Vec::new(),
+            column_sums: Vec::new(),
+            above: Vec::new(),
+            mask: BitMask::default(),
+            scratch: BitMask::default(),
+            components: Components::default(),
+            contour: Vec::new(),
+            traced: Vec::new(),
+        }
+    }
+
+    /// The same finder with another smallest side than [`MIN_SIDE`], in pixels.
+    #[must_use]
+    pub fn with_min_side(mut self, pixels: u32) -> Self {
+        self.min_side = pixels;
+        self
+    }
+
+    /// The parameters in use.
+    pub fn spec(&self) -> CropSpec {
+        self.spec
+    }
+
+    /// Finds the brain's contour and rectangle in `picture`.
+    ///
+    /// Rejects with [`RejectCode::TooSmall`] below [`MIN_SIDE`], and with [`RejectCode::Blank`] when nothing is left above
+    /// the threshold (the application crashes on both).
+    pub fn find(&mut self, picture: &Picture) -> Result<BrainContour, RejectReason> {
+        let (width, height) = (picture.width(), picture.height());
+        let min_side = self.min_side.max(1);
+        if width < min_side || height < min_side {
+            return Err(RejectReason::new(
+                RejectCode::TooSmall,
+                format!(
+                    "the picture is {width}x{height}; each side needs at least {min_side} pixels"
+                ),
+            ));
+        }
+        let gray: &[u8] = match picture {
+            Picture::Gray(image) => image.as_raw(),
+            Picture::Rgb(image) => {
+                app_gray(image.as_raw(), &mut self.gray);
+                &self.gray
+            }
+        };
+        self.mask.reset(width, height);
+        threshold_blurred(
+            gray,
+            self.spec.threshold,
+            &mut self.column_sums,
+            &mut self.above,
+            &mut self.mask,
+        );
+        let bright = !self.mask.is_empty();
+        // More rounds than the longer side change nothing any more.
+        let longest = width.max(height);
+        for _ in 0..self.spec.erode.min(longest) {
+            self.mask.erode_into(&mut self.scratch);
+            std::mem::swap(&mut self.mask, &mut self.scratch);
+        }
+        for _ in 0..self.spec.dilate.min(longest) {
+            self.mask.dilate_into(&mut self.scratch);
+            std::mem::swap(&mut self.mask, &mut self.scratch);
+        }
+        let Some((area, bounds)) = self.largest_contour() else {
+            let level = self.spec.threshold;
+            return Err(RejectReason::new(
+                RejectCode::Blank,
+                if bright {
+                    format!("only specks of the picture are brighter than {level} of 255")
+                } else {
+                    format!("no part of the picture is brighter than {level} of 255")
+                },
+            ));
+        };
+        let (roi, fallback) = match crop(bounds, self.spec.margin, width, height) {
+            Ok(roi) => (roi, None),
+            Err(fallback) => (
+                Roi {
+                    x: 0,
+                    y: 0,
+                    width,
+                    height,
+                },
+                Some(fallback),
+            ),
+        };
+        Ok(BrainContour {
+            roi,
+            bounds,
+            area,
+            fallback,
+        })
+    }
+
+    /// The corner points of the contour that the last successful [`find`](Self::find) chose, clockwise from its first
+    /// pixel in reading order (`CHAIN_APPROX_SIMPLE`: points within straight runs are left out).
+    pub fn contour(&self) -> &[Point] {
+        &self.contour
+    }
+
+    /// The grey levels that the last [`find`](Self::find) worked on, row by row; `picture` is the one given to it.
+    pub fn gray<'a>(&'a self, picture: &'a Picture) -> &'a [u8] {
+        match picture {
+            Picture::Gray(image) => image.as_raw(),
+            Picture::Rgb(_) => &self.gray,
+        }
+    }
+
+    /// The mask after erosion and dilation of the last [`find`](Self::find): 255 inside, 0 outside.
+    pub fn mask(&self) -> image::GrayImage {
+        image::GrayImage::from_fn(self.mask.width, self.mask.height, |x, y| {
+            image::Luma([if self.mask.get(i64::from(x), i64::from(y)) {
+                255
+            } else {
+                0
+            }])
+        })
+    }
+
+    /// Traces what can be the largest component; its points go to `self.contour`.
+    fn largest_contour(&mut self) -> Option<(f64, Roi)> {
+        self.components.collect(&self.mask);
+        let candidates = &mut self.components.found;
+        candidates.sort_unstable_by_key(|c| std::cmp::Reverse((c.area_bound(), c.first)));
+        let mut best: Option<(i64, &Component)> = None;
+        for component in candidates.iter() {
+            if best.is_some_and(|(area, _)| component.area_bound() * 2 < area) {
+                break;
+            }
+            let area = trace(&self.mask, component.first, &mut self.traced);
+            // Reading order decides between equals: the last one wins.
+            if best.is_none_or(|(most, chosen)| (area, component.first) > (most, chosen.first)) {
+                best = Some((area, component));
+                std::mem::swap(&mut self.contour, &mut self.traced);
+            }
+        }
+        best.map(|(doubled, component)| (doubled as f64 / 2.0, component.bounds()))
+    }
+}
+
+/// `img[top - m : bottom + m, left - m : right + m]` with `NumPy`'s rules, as far as they make sense.
+fn crop(bounds: Roi, margin: i32, width: u32, height: u32) -> Result<Roi, Fallback> {
+    let span = |start: u32, length: u32, limit: u32| {
+        let margin = i64::from(margin);
+        let from = i64::from(start) - margin;
+        let to = i64::from(start + length - 1) + margin;
+        if from < 0 || to < 0 {
+            return Err(Fallback::NegativeIndex);
+        }
+        let to = to.min(i64::from(limit));
+        if to > from {
+            Ok((from as u32, (to - from) as u32))
+        } else {
+            Err(Fallback::EmptyCrop)
+        }
+    };
+    let (x, width) = span(bounds.x, bounds.width, width)?;
+    let (y, height) = span(bounds.y, bounds.height, height)?;
+    Ok(Roi {
+        x,
+        y,
+        width,
+        height,
+    })
+}
+
+/// `cvtColor(imread(file), COLOR_RGB2GRAY)` of interleaved RGB: OpenCV's 15-bit weights with red and blue exchanged.
+fn app_gray(rgb: &[u8], gray: &mut Vec<u8>) {
+    gray.clear();
+    gray.extend(rgb.chunks_exact(3).map(|p| {
+        ((3735 * u32::from(p[0]) + 19235 * u32::from(p[1]) + 9798 * u32::from(p[2]) + (1 << 14))
+            >> 15) as u8
+    }));
+}
+
+/// Mirrors an index around the first and last element (`BORDER_REFLECT_101`).
+fn reflect(index: i64, length: usize) -> usize {
+    let last = length as i64 - 1;
+    if last == 0 {
+        return 0;
+    }
+    let folded = index.rem_euclid(2 * last);
+    (if folded > last {
+        2 * last - folded
+    } else {
+        folded
+    }) as usize
+}
+
+/// Sets the bits of `mask` (already reset to the picture's size) where the blurred picture exceeds `threshold`.
+///
+/// The blurred level is `(s + 128) >> 8` with `s` the weighted sum, weights adding up to 256; so `level > t` is
+/// `s >= (t + 1) * 256 - 128`, and all sums fit 16 bits (255 * 256 = 65280).
+fn threshold_blurred(
+    gray: &[u8],
+    threshold: u8,
+    columns: &mut Vec<u16>,
+    above: &mut Vec<u8>,
+    mask: &mut BitMask,
+) {
+    let (width, height) = (mask.width as usize, mask.height as usize);
+    let least = (u16::from(threshold) + 1)
+        .saturating_mul(256)
+        .saturating_sub(128);
+    let least = if threshold == 255 { u16::MAX } else { least };
+    columns.clear();
+    columns.resize(width + 4, 0);
+    above.clear();
+    above.resize(mask.words * 64, 0);
+    let row = |y: i64| {
+        let start = reflect(y, height) * width;
+        &gray[start..start + width]
+    };
+    for y in 0..height {
+        let at = y as i64;
+        let (a, b, c, d, e) = (row(at - 2), row(at - 1), row(at), row(at + 1), row(at + 2));
+        let inner = &mut columns[2..width + 2];
+        for (x, sum) in inner.iter_mut().enumerate() {
+            *sum = u16::from(a[x])
+                + u16::from(e[x])
+                + 4 * (u16::from(b[x]) + u16::from(d[x]))
+                + 6 * u16::from(c[x]);
+        }
+        for side in [-2, -1] {
+            columns[(side + 2) as usize] = columns[2 + reflect(side, width)];
+            let right = width as i64 - 1 - side;
+            columns[(right + 2) as usize] = columns[2 + reflect(right, width)];
+        }
+        let (a, b, c, d, e) = (
+            &columns[..width],
+            &columns[1..=width],
+            &columns[2..width + 2],
+            &columns[3..width + 3],
+            &columns[4..],
+        );
+        for (x, bit) in above[..width].iter_mut().enumerate() {
+            let sum = a[x] + e[x] + 4 * (b[x] + d[x]) + 6 * c[x];
+            *bit = u8::from(sum >= least);
+        }
+        pack(above, mask.row_mut(y));
+    }
+}
+
+/// Packs bytes of 0 or 1 into bits, the first byte into the lowest bit; 64 bytes a word.
+fn pack(bytes: &[u8], words: &mut [u64]) {
+    for (word, block) in words.iter_mut().zip(bytes.chunks_exact(64)) {
+        *word = 0;
+        for (i, eight) in block.as_chunks::<8>().0.iter().enumerate() {
+            // The product moves byte i's lowest bit to bit 56 + i.
+            let bits = u64::from_le_bytes(*eight).wrapping_mul(0x0102_0408_1020_4080) >> 56;
+            *word |= bits << (8 * i);
+        }
+    }
+}
+
+/// One bit a pixel, 64 pixels a word, rows padded to whole words; padding bits are 0.
+#[derive(Debug, Clone, Default)]
+struct BitMask {
+    width: u32,
+    height: u32,
+    words: usize,
+    bits: Vec<u64>,
+}
+
+impl BitMask {
+    fn reset(&mut self, width: u32, height: u32) {
+        self.width = width;
+        self.height = height;
+        self.words = (width as usize).div_ceil(64);
+        self.bits.clear();
+        self.bits.resize(self.words * height as usize, 0);
+    }
+
+    fn row(&self, y: usize) -> &[u64] {
+        &self.bits[y * self.words..(y + 1) * self.words]
+    }
+
+    fn row_mut(&mut self, y: usize) -> &mut [u64] {
+        &mut self.bits[y * self.words..(y + 1) * self.words]
+    }
+
+    /// The pixel, `false` outside the picture.
+    fn get(&self, x: i64, y: i64) -> bool {
+        if x < 0 || y < 0 || x >= i64::from(self.width) || y >= i64::from(self.height) {
+            return false;
+        }
+        self.bits[y as usize * self.words + x as usize / 64] >> (x % 64) & 1 == 1
+    }
+
+    fn is_empty(&self) -> bool {
+        self.bits.iter().all(|&word| word == 0)
+    }
+
+    /// The valid bits of a row's last word.
+    fn last_word(&self) -> u64 {
+        match self.width % 64 {
+            0 => u64::MAX,
+            used => (1 << used) - 1,
+        }
+    }
+
+    /// One round of 3x3 erosion; outside counts as set.
+    fn erode_into(&self, out: &mut Self) {
+        self.combine_into(out, u64::MAX, |a, b| a & b);
+    }
+
+    /// One round of 3x3 dilation; outside counts as clear.
+    fn dilate_into(&self, out: &mut Self) {
+        self.combine_into(out, 0, |a, b| a | b);
+    }
+
+    /// `combine` over each pixel's 3x3 neighbours, with `outside` for those beyond the edge.
+    fn combine_into(&self, out: &mut Self, outside: u64, combine: impl Fn(u64, u64) -> u64) {
+        out.width = self.width;
+        out.height = self.height;
+        out.words = self.words;
+        out.bits.resize(self.bits.len(), 0);
+        let last_word = self.last_word();
+        let last = self.height as usize - 1;
+        for y in 0..=last {
+            let (up, here, down) = (
+                self.row(y.saturating_sub(1)),
+                self.row(y),
+                self.row((y + 1).min(last)),
+            );
+            // The padding is the neighbour of the last column, so it stands for the outside.
+            let column = |i: usize| {
+                let word = combine(combine(up[i], here[i]), down[i]);
+                if i + 1 == self.words {
+                    (word & last_word) | (outside & !last_word)
+                } else {
+                    word
+                }
+            };
+            let (mut left, mut middle) = (outside, column(0));
+            for (i, result) in out.bits[y * self.words..(y + 1) * self.words]
+                .iter_mut()
+                .enumerate()
+            {
+                let right = if i + 1 < self.words {
+                    column(i + 1)
+                } else {
+                    outside
+                };
+                let from_left = middle << 1 | left >> 63;
+                let from_right = middle >> 1 | right << 63;
+                *result = combine(combine(from_left, middle), from_right);
+                if i + 1 == self.words {
+                    *result &= last_word;
+                }
+                (left, middle) = (middle, right);
+            }
+        }
+    }
+}
+
+/// An 8-connected component: its box and its first pixel in reading order, as `(row, column)`.
+#[derive(Debug, Clone, Copy)]
+struct Component {
+    first: (u32, u32),
+    left: u32,
+    right: u32,
+    bottom: u32,
+}
+
+impl Component {
+    /// No polygon through its pixels' centres is larger.
+    fn area_bound(&self) -> i64 {
+        i64::from(self.right - self.left) * i64::from(self.bottom - self.first.0)
+    }
+
+    fn bounds(&self) -> Roi {
+        let top = self.first.0;
+        Roi {
+            x: self.left,
+            y: top,
+            width: self.right - self.left + 1,
+            height: self.bottom - top + 1,
+        }
+    }
+}
+
+/// Joins the runs of set bits of neighbouring rows to components.
+#[derive(Debug, Clone, Default)]
+struct Components {
+    found: Vec<Component>,
+    parents: Vec<u32>,
+    all: Vec<Component>,
+    above: Vec<Run>,
+    here: Vec<Run>,
+}
+
+/// Set pixels `start..=end` of one row and the component they belong to.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    start: u32,
+    end: u32,
+    label: u32,
+}
+
+impl Components {
+    /// Fills `found` with the components of `mask`.
+    ///
+    /// Components in the hole of another one are among them; `findContours(RETR_EXTERNAL)` leaves those out, but their
+    /// polygon lies inside the other's, so they are never the largest.
+    fn collect(&mut self, mask: &BitMask) {
+        self.found.clear();
+        self.parents.clear();
+        self.all.clear();
+        self.above.clear();
+        for y in 0..mask.height {
+            self.here.clear();
+            let mut candidate = 0;
+            let (above, here) = (&self.above, &mut self.here);
+            let (parents, all) = (&mut self.parents, &mut self.all);
+            for_each_run(mask.row(y as usize), |start, end| {
+                let mut label = None;
+                while candidate < above.len() && above[candidate].end + 1 < start {
+                    candidate += 1;
+                }
+                let mut touching = candidate;
+                while touching < above.len() && above[touching].start <= end + 1 {
+                    let other = root(parents, above[touching].label);
+                    label = Some(label.map_or(other, |mine| join(parents, all, mine, other)));
+                    touching += 1;
+                }
+                let label = label.unwrap_or_else(|| {
+                    let new = all.len() as u32;
+                    parents.push(new);
+                    all.push(Component {
+                        first: (y, start),
+                        left: start,
+                        right: end,
+                        bottom: y,
+                    });
+                    new
+                });
+                let component = &mut all[label as usize];
+                component.left = component.left.min(start);
+                component.right = component.right.max(end);
+                component.bottom = y;
+                here.push(Run { start, end, label });
+            });
+            std::mem::swap(&mut self.above, &mut self.here);
+        }
+        let parents = &self.parents;
+        self.found.extend(
+            self.all
+                .iter()
+                .enumerate()
+                .filter(|(i, _)| parents[*i] == *i as u32)
+                .map(|(_, c)| *c),
+        );
+    }
+}
+
+/// Calls `run` with the first and last column of each run of set bits.
+fn for_each_run(words: &[u64], mut run: impl FnMut(u32, u32)) {
+    let mut open: Option<u32> = None;
+    for (i, &word) in words.iter().enumerate() {
+        let base = i as u32 * 64;
+        if open.is_none() && word == 0 || open.is_some() && word == u64::MAX {
+            continue;
+        }
+        let mut at = 0;
+        while at < 64 {
+            // Look for the next set bit outside a run, for the next clear one within.
+            let rest = if open.is_some() { !word } else { word } >> at;
+            if rest == 0 {
+                break;
+            }
+            at += rest.trailing_zeros();
+            match open.take() {
+                Some(start) => run(start, base + at - 1),
+                None => open = Some(base + at),
+            }
+        }
+    }
+    if let Some(start) = open {
+        run(start, words.len() as u32 * 64 - 1);
+    }
+}
+
+fn root(parents: &mut [u32], mut label: u32) -> u32 {
+    while parents[label as usize] != label {
+        let grandparent = parents[parents[label as usize] as usize];
+        parents[label as usize] = grandparent;
+        label = grandparent;
+    }
+    label
+}
+
+/// Joins two roots; the one that began first in reading order stays.
+fn join(parents: &mut [u32], all: &mut [Component], one: u32, other: u32) -> u32 {
+    if one == other {
+        return one;
+    }
+    let (keep, gone) = (one.min(other), one.max(other));
+    parents[gone as usize] = keep;
+    let absorbed = all[gone as usize];
+    let kept = &mut all[keep as usize];
+    kept.first = kept.first.min(absorbed.first);
+    kept.left = kept.left.min(absorbed.left);
+    kept.right = kept.right.max(absorbed.right);
+    kept.bottom = kept.bottom.max(absorbed.bottom);
+    keep
+}
+
+/// Follows the outer border from the component's first pixel in reading order, `(row, column)`; returns twice the
+/// polygon's area and leaves its corners in `corners`.
+///
+/// Border following after Suzuki and Abe (1985), as OpenCV's `findContours` does it: directions are chain codes,
+/// 0 east, 2 north, 4 west, 6 south.
+fn trace(mask: &BitMask, first: (u32, u32), corners: &mut Vec<Point>) -> i64 {
+    const STEPS: [(i64, i64); 8] = [
+        (1, 0),
+        (1, -1),
+        (0, -1),
+        (-1, -1),
+        (-1, 0),
+        (-1, 1),
+        (0, 1),
+        (1, 1),
+    ];
+    let start = (i64::from(first.1), i64::from(first.0));
+    let step =
+        |(x, y): (i64, i64), direction: usize| (x + STEPS[direction].0, y + STEPS[direction].1);
+    let is_set = |(x, y): (i64, i64)| mask.get(x, y);
+    corners.clear();
+
+    // The pixel to the west is clear; the last neighbour clockwise from there is where the border will return from.
+    let Some(mut direction) = (0..8)
+        .map(|turn| (3 + 8 - turn) % 8)
+        .find(|&d| is_set(step(start, d)))
+    else {
+        corners.push((first.1, first.0));
+        return 0;
+    };
+    let before_start = step(start, direction);
+    let mut previous = direction ^ 4;
+    let mut here = start;
+    let mut doubled_area = 0;
+    loop {
+        // Counterclockwise from where we came; that neighbour itself is set, so the search ends.
+        loop {
+            direction = (direction + 1) % 8;
+            if is_set(step(here, direction)) {
+                break;
+            }
+        }
+        let next = step(here, direction);
+        if direction != previous {
+            corners.push((here.0 as u32, here.1 as u32));
+            previous = direction;
+        }
+        doubled_area += here.0 * next.1 - here.1 * next.0;
+        if next == start && here == before_start {
+            return doubled_area.abs();
+        }
+        here = next;
+        direction = (direction + 4) % 8;
+    }
+}
