@@ -28,7 +28,10 @@ pub struct RejectReason {
 impl RejectReason {
     /// A reason with its code and a one-line message.
     pub fn new(code: RejectCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self {
+            code,
+            message: message.into(),
+        }
     }
 }
 
@@ -44,6 +47,8 @@ pub enum RejectCode {
     NotAnImage,
     /// A known image format in a variant that is not supported.
     Unsupported,
+    /// A DICOM object without pixels (report, presentation state, DICOMDIR, ...): skipped, not a fault.
+    NotAnImageObject,
     /// The data ends before the picture does.
     Truncated,
     /// The data contradicts itself.

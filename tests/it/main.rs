@@ -1,0 +1,3 @@
+//! Integration tests: one crate, one module a topic.
+
+mod decode;
