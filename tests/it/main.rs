@@ -1,0 +1,6 @@
+//! The integration tests, in one crate.
+
+// clippy.toml allows it in test functions, but not in their helpers.
+#![allow(clippy::unwrap_used)]
+
+mod engine;
