@@ -47,6 +47,8 @@ pub enum RejectCode {
     NotAnImage,
     /// A known image format in a variant that is not supported.
     Unsupported,
+    /// A DICOM object without pixels (report, presentation state, DICOMDIR, ...): skipped, not a fault.
+    NotAnImageObject,
     /// The data ends before the picture does.
     Truncated,
     /// The data contradicts itself.

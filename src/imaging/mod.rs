@@ -5,6 +5,7 @@
 //! `preprocess_imgs`), and its answers have to match it.
 
 pub mod decode;
+pub mod dicom;
 pub mod quantize;
 pub mod resize;
 pub mod roi;
@@ -39,4 +40,16 @@ impl Picture {
             Self::Rgb(image) => image.height(),
         }
     }
+}
+
+/// One pixel of full-range BT.601 `YCbCr` (JFIF) to red, green, blue.
+pub(crate) fn ycbcr_to_rgb([y, cb, cr]: [u8; 3]) -> [u8; 3] {
+    let (y, cb, cr) = (f32::from(y), f32::from(cb) - 128.0, f32::from(cr) - 128.0);
+    // `as u8` saturates.
+    [
+        y + 1.402 * cr,
+        y - 0.344_136 * cb - 0.714_136 * cr,
+        y + 1.772 * cb,
+    ]
+    .map(|level| level.round() as u8)
 }

@@ -1,3 +1,4 @@
 //! The integration tests: one crate, one module a topic.
 
+mod decode;
 mod parity;
