@@ -76,6 +76,8 @@ struct Taps {
     index: Vec<u32>,
     /// Cubic weights, 4 per destination element.
     cubic: Vec<[f32; 4]>,
+    /// Where the four taps begin in a row that is padded as [`cubic`] does it.
+    first: Vec<u32>,
     /// Linear weights in 1/2048, 2 per destination element.
     linear: Vec<[i32; 2]>,
     /// Area weights: destination index, source index, weight, in the order of the destination.
@@ -305,6 +307,7 @@ impl Taps {
     fn prepare(&mut self, from: usize, to: usize, stride: usize, filter: ResizeFilter) {
         self.index.clear();
         self.cubic.clear();
+        self.first.clear();
         self.linear.clear();
         self.area.clear();
         let inverse = to as f64 / from as f64;
@@ -320,7 +323,10 @@ impl Taps {
                     let position = (i as f64 + 0.5) * scale - 0.5;
                     let first = position.floor();
                     self.cubic.push(cubic_weights(position - first));
-                    self.index.extend((-1..3).map(|tap| at(first as i64 + tap)));
+                    let first = first as i64;
+                    self.first
+                        .push(((first - 1 + PAD_LEFT as i64) as usize * stride) as u32);
+                    self.index.extend((-1..3).map(|tap| at(first + tap)));
                 }
             }
             ResizeFilter::Linear | ResizeFilter::Area => {
@@ -410,41 +416,66 @@ fn nearest(source: &Source, mut target: Target, plan: &Plan) {
     }
 }
 
-/// Rows first, over all source columns (one pass over contiguous bytes that vectorises), then columns.
-fn cubic(source: &Source, mut target: Target, plan: &Plan, blended: &mut Vec<f32>) {
-    blended.clear();
-    blended.resize(source.width * source.channels, 0.0);
+/// Rows first, over all source columns (one pass over contiguous bytes, which vectorises), then columns.
+///
+/// The blended row repeats its first pixel on the left and its last on the right, so that the four taps of a column
+/// always lie side by side.
+fn cubic(source: &Source, mut target: Target, plan: &Plan, buffer: &mut Vec<f32>) {
+    let channels = source.channels;
+    let length = source.width * channels;
+    let (left, right) = (PAD_LEFT * channels, PAD_RIGHT * channels);
+    buffer.clear();
+    buffer.resize(left + length + right + target.width * channels, 0.0);
+    let (blended, sums) = buffer.split_at_mut(left + length + right);
     for y in 0..target.height {
         let [a, b, c, d] =
             std::array::from_fn(|tap| source.row(plan.rows.index[4 * y + tap] as usize));
         let w = plan.rows.cubic[y];
-        for ((((sum, a), b), c), d) in blended.iter_mut().zip(a).zip(b).zip(c).zip(d) {
-            *sum = f32::from(*a) * w[0]
-                + f32::from(*b) * w[1]
-                + f32::from(*c) * w[2]
-                + f32::from(*d) * w[3];
+        for ((((sum, a), b), c), d) in blended[left..left + length]
+            .iter_mut()
+            .zip(a)
+            .zip(b)
+            .zip(c)
+            .zip(d)
+        {
+            *sum = (f32::from(*a) * w[0] + f32::from(*b) * w[1])
+                + (f32::from(*c) * w[2] + f32::from(*d) * w[3]);
         }
-        let row = target.row(y);
-        match source.channels {
-            1 => cubic_columns::<1>(blended, row, &plan.columns),
-            _ => cubic_columns::<3>(blended, row, &plan.columns),
+        for pixel in 0..PAD_LEFT {
+            blended.copy_within(left..left + channels, pixel * channels);
         }
+        for pixel in 0..PAD_RIGHT {
+            blended.copy_within(
+                left + length - channels..left + length,
+                left + length + pixel * channels,
+            );
+        }
+        match channels {
+            1 => cubic_columns::<1, 4>(blended, sums, &plan.columns),
+            _ => cubic_columns::<3, 12>(blended, sums, &plan.columns),
+        }
+        write_levels(target.row(y), sums);
     }
 }
 
-fn cubic_columns<const CHANNELS: usize>(blended: &[f32], row: &mut [u8], taps: &Taps) {
-    let pixels = row.as_chunks_mut::<CHANNELS>().0;
-    for ((pixel, w), at) in pixels
-        .iter_mut()
-        .zip(&taps.cubic)
-        .zip(taps.index.as_chunks::<4>().0)
-    {
-        let parts: [&[f32]; 4] =
-            std::array::from_fn(|tap| &blended[at[tap] as usize..][..CHANNELS]);
+/// How many pixels of padding the taps can reach into: the first tap lies at most 2 before, the last 2 behind.
+const PAD_LEFT: usize = 2;
+const PAD_RIGHT: usize = 2;
+
+/// `WINDOW` is four pixels of `CHANNELS`.
+fn cubic_columns<const CHANNELS: usize, const WINDOW: usize>(
+    blended: &[f32],
+    sums: &mut [f32],
+    taps: &Taps,
+) {
+    let pixels = sums.as_chunks_mut::<CHANNELS>().0;
+    for ((pixel, w), &first) in pixels.iter_mut().zip(&taps.cubic).zip(&taps.first) {
+        let Some(part) = blended[first as usize..].first_chunk::<WINDOW>() else {
+            continue;
+        };
         *pixel = std::array::from_fn(|c| {
-            to_level(
-                parts[0][c] * w[0] + parts[1][c] * w[1] + parts[2][c] * w[2] + parts[3][c] * w[3],
-            )
+            (part[c] * w[0] + part[CHANNELS + c] * w[1])
+                + (part[2 * CHANNELS + c] * w[2] + part[3 * CHANNELS + c] * w[3])
         });
     }
 }
