@@ -17,7 +17,9 @@ pub(super) fn check(bytes: &[u8]) -> Result<(), EngineError> {
         )));
     }
     if &bytes[4..8] != b"TFL3" {
-        return Err(EngineError::Load("not a TFLite model: its identifier is not TFL3".to_owned()));
+        return Err(EngineError::Load(
+            "not a TFLite model: its identifier is not TFL3".to_owned(),
+        ));
     }
     Ok(())
 }

@@ -18,7 +18,9 @@ use std::ptr::{self, NonNull};
 
 use litert_sys as sys;
 
-use super::{ElementType, Engine, EngineError, EngineInfo, QuantParams, TensorSpec, flatbuffer, stderr};
+use super::{
+    ElementType, Engine, EngineError, EngineInfo, QuantParams, TensorSpec, flatbuffer, stderr,
+};
 
 /// The first signature of the file; a file without any gets one from the runtime that stands for its main graph.
 const SIGNATURE: sys::LiteRtParamIndex = 0;
@@ -46,7 +48,10 @@ fn load_loudly(bytes: &[u8], threads: usize) -> Result<LiteRt, EngineError> {
     let main = Graph::of(&model)?;
     let (input_specs, output_specs) = (main.input_specs()?, main.output_specs()?);
     let [input_spec] = &input_specs[..] else {
-        return Err(EngineError::Load(format!("{} inputs; expected exactly one, the picture", input_specs.len())));
+        return Err(EngineError::Load(format!(
+            "{} inputs; expected exactly one, the picture",
+            input_specs.len()
+        )));
     };
     if output_specs.is_empty() {
         return Err(EngineError::Load("no outputs".to_owned()));
@@ -58,18 +63,33 @@ fn load_loudly(bytes: &[u8], threads: usize) -> Result<LiteRt, EngineError> {
     let compiled = compile(&environment, &model, &options)?;
     let input = create_buffer(&environment, input_spec)?;
     write_buffer(&input, &vec![0; input_spec.bytes()])?;
-    let outputs = output_specs.iter().map(|spec| create_buffer(&environment, spec)).collect::<Result<Vec<_>, _>>()?;
+    let outputs = output_specs
+        .iter()
+        .map(|spec| create_buffer(&environment, spec))
+        .collect::<Result<Vec<_>, _>>()?;
 
     // Compiling accepts operators that the runtime does not have, among others: only running shows them.
     run(&compiled, &input, &outputs, &signature_order)
         .map_err(|status| EngineError::Load(format!("it does not run: {status}")))?;
     let delegate = describe_delegate(
         main.operators,
-        &list_undelegated(&environment, &model, &input, &outputs, &compiled, &signature_order)?,
+        &list_undelegated(
+            &environment,
+            &model,
+            &input,
+            &outputs,
+            &compiled,
+            &signature_order,
+        )?,
     );
     let version = env!("SCANSENTRY_LITERT_VERSION").to_owned();
     Ok(LiteRt {
-        info: EngineInfo { runtime: "LiteRT", version, delegate, threads },
+        info: EngineInfo {
+            runtime: "LiteRT",
+            version,
+            delegate,
+            threads,
+        },
         input,
         outputs,
         compiled,
@@ -120,11 +140,19 @@ impl Engine for LiteRt {
     fn run(&mut self, input: &[u8], outputs: &mut Vec<Vec<u8>>) -> Result<(), EngineError> {
         let expected = self.input_specs[0].bytes();
         if input.len() != expected {
-            return Err(EngineError::Run(format!("input has {} bytes; the model takes {expected}", input.len())));
+            return Err(EngineError::Run(format!(
+                "input has {} bytes; the model takes {expected}",
+                input.len()
+            )));
         }
         write_buffer(&self.input, input)?;
-        run(&self.compiled, &self.input, &self.outputs, &self.signature_order)
-            .map_err(|status| EngineError::Run(status.to_string()))?;
+        run(
+            &self.compiled,
+            &self.input,
+            &self.outputs,
+            &self.signature_order,
+        )
+        .map_err(|status| EngineError::Run(status.to_string()))?;
         outputs.resize_with(self.outputs.len(), Vec::new);
         for ((buffer, spec), output) in self.outputs.iter().zip(&self.output_specs).zip(outputs) {
             read_buffer(buffer, spec.bytes(), output)?;
@@ -145,8 +173,10 @@ fn create_environment() -> Result<Owned<sys::LiteRtEnvironmentT>, EngineError> {
         },
     }];
     // SAFETY: `options` holds one option for the duration of the call, which copies it.
-    create(sys::LiteRtDestroyEnvironment, |out| unsafe { sys::LiteRtCreateEnvironment(1, options.as_ptr(), out) })
-        .map_err(|status| EngineError::Load(format!("the runtime does not start: {status}")))
+    create(sys::LiteRtDestroyEnvironment, |out| unsafe {
+        sys::LiteRtCreateEnvironment(1, options.as_ptr(), out)
+    })
+    .map_err(|status| EngineError::Load(format!("the runtime does not start: {status}")))
 }
 
 fn create_model(file: &AlignedBytes) -> Result<Owned<sys::LiteRtModelT>, EngineError> {
@@ -158,20 +188,31 @@ fn create_model(file: &AlignedBytes) -> Result<Owned<sys::LiteRtModelT>, EngineE
 }
 
 fn create_options(threads: usize) -> Result<Owned<sys::LiteRtOptionsT>, EngineError> {
-    let failed = |status: Status| EngineError::Load(format!("the runtime refuses its options: {status}"));
+    let failed =
+        |status: Status| EngineError::Load(format!("the runtime refuses its options: {status}"));
     // SAFETY: `out` is where the function writes the new handle.
-    let options = create(sys::LiteRtDestroyOptions, |out| unsafe { sys::LiteRtCreateOptions(out) }).map_err(failed)?;
+    let options = create(sys::LiteRtDestroyOptions, |out| unsafe {
+        sys::LiteRtCreateOptions(out)
+    })
+    .map_err(failed)?;
     // SAFETY: the handle is live.
-    check(unsafe { sys::LiteRtSetOptionsHardwareAccelerators(options.raw(), sys::kLiteRtHwAcceleratorCpu) })
-        .map_err(failed)?;
+    check(unsafe {
+        sys::LiteRtSetOptionsHardwareAccelerators(options.raw(), sys::kLiteRtHwAcceleratorCpu)
+    })
+    .map_err(failed)?;
 
     // What `LrtGetOpaqueCpuOptionsData` of litert_cpu_options.h makes; the library does not export that function.
-    add_opaque_options(&options, c"xnnpack", &format!("num_threads = {threads}\n")).map_err(failed)?;
+    add_opaque_options(&options, c"xnnpack", &format!("num_threads = {threads}\n"))
+        .map_err(failed)?;
     Ok(options)
 }
 
 /// Adds one block of options: an identifier and a text in TOML.
-fn add_opaque_options(options: &Owned<sys::LiteRtOptionsT>, identifier: &CStr, toml: &str) -> Result<(), Status> {
+fn add_opaque_options(
+    options: &Owned<sys::LiteRtOptionsT>,
+    identifier: &CStr,
+    toml: &str,
+) -> Result<(), Status> {
     unsafe extern "C" fn free_payload(payload: *mut c_void) {
         // SAFETY: the runtime hands back, once, the pointer that `CString::into_raw` gave it.
         drop(unsafe { CString::from_raw(payload.cast::<c_char>()) });
@@ -180,7 +221,12 @@ fn add_opaque_options(options: &Owned<sys::LiteRtOptionsT>, identifier: &CStr, t
     let mut opaque = ptr::null_mut();
     // SAFETY: identifier and payload are C strings; the payload now belongs to the options, which free it by `free_payload`.
     let status = unsafe {
-        sys::LiteRtCreateOpaqueOptions(identifier.as_ptr(), payload.cast(), Some(free_payload), &raw mut opaque)
+        sys::LiteRtCreateOpaqueOptions(
+            identifier.as_ptr(),
+            payload.cast(),
+            Some(free_payload),
+            &raw mut opaque,
+        )
     };
     if let Err(status) = check(status) {
         // SAFETY: nothing took the payload over.
@@ -226,7 +272,10 @@ fn run(
 
 /// Who runs the operators of the main graph, given the kinds of those that XNNPACK leaves to the built-in kernels.
 fn describe_delegate(operators: usize, left: &[String]) -> String {
-    let share = format!("XNNPACK ({} of {operators} operators", operators.saturating_sub(left.len()));
+    let share = format!(
+        "XNNPACK ({} of {operators} operators",
+        operators.saturating_sub(left.len())
+    );
     if left.is_empty() {
         return share + ")";
     }
@@ -234,7 +283,10 @@ fn describe_delegate(operators: usize, left: &[String]) -> String {
     for kind in left {
         *counts.entry(kind).or_default() += 1;
     }
-    let kinds: Vec<_> = counts.into_iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+    let kinds: Vec<_> = counts
+        .into_iter()
+        .map(|(kind, count)| format!("{count} {kind}"))
+        .collect();
     format!("{share}; on built-in kernels: {})", kinds.join(", "))
 }
 
@@ -256,7 +308,12 @@ fn list_undelegated(
     }
     let failed = |status: Status| EngineError::Load(format!("the profiler fails: {status}"));
     let options = create_options(1)?;
-    add_opaque_options(&options, c"runtime_options_string", "enable_profiling = true\n").map_err(failed)?;
+    add_opaque_options(
+        &options,
+        c"runtime_options_string",
+        "enable_profiling = true\n",
+    )
+    .map_err(failed)?;
     let copy = compile(environment, model, &options)?;
     // SAFETY (here and below): the copy is live and owns the profiler; the last argument is written to.
     let profiler = get(|out| unsafe { sys::LiteRtCompiledModelGetProfiler(copy.raw(), out) })?;
@@ -267,7 +324,8 @@ fn list_undelegated(
     let count = get(|out| unsafe { profiling::LiteRtGetNumProfilerEvents(profiler, out) })?;
     let mut events = vec![profiling::Event::EMPTY; usize::try_from(count).unwrap_or(0)];
     // SAFETY: `events` has room for `count` events.
-    check(unsafe { profiling::LiteRtGetProfilerEvents(profiler, count, events.as_mut_ptr()) }).map_err(failed)?;
+    check(unsafe { profiling::LiteRtGetProfilerEvents(profiler, count, events.as_mut_ptr()) })
+        .map_err(failed)?;
     Ok(events
         .iter()
         // What a delegate runs has event types of its own.
@@ -307,8 +365,10 @@ mod profiling {
     unsafe extern "C" {
         pub(super) fn LiteRtStartProfiler(profiler: sys::LiteRtProfiler) -> sys::LiteRtStatus;
         pub(super) fn LiteRtStopProfiler(profiler: sys::LiteRtProfiler) -> sys::LiteRtStatus;
-        pub(super) fn LiteRtGetNumProfilerEvents(profiler: sys::LiteRtProfiler, count: *mut c_int)
-        -> sys::LiteRtStatus;
+        pub(super) fn LiteRtGetNumProfilerEvents(
+            profiler: sys::LiteRtProfiler,
+            count: *mut c_int,
+        ) -> sys::LiteRtStatus;
         pub(super) fn LiteRtGetProfilerEvents(
             profiler: sys::LiteRtProfiler,
             count: c_int,
@@ -331,7 +391,10 @@ fn create_buffer(
         ElementType::UInt8 => sys::kLiteRtElementTypeUInt8,
         ElementType::Float32 => sys::kLiteRtElementTypeFloat32,
     };
-    let tensor_type = sys::LiteRtRankedTensorType { element_type, layout };
+    let tensor_type = sys::LiteRtRankedTensorType {
+        element_type,
+        layout,
+    };
     // SAFETY: the environment is live and outlives the buffer; `tensor_type` is copied.
     create(sys::LiteRtDestroyTensorBuffer, |out| unsafe {
         sys::LiteRtCreateManagedTensorBuffer(
@@ -342,7 +405,10 @@ fn create_buffer(
             out,
         )
     })
-    .map_err(|status| EngineError::Tensor { name: spec.name.clone(), problem: format!("no buffer for it: {status}") })
+    .map_err(|status| EngineError::Tensor {
+        name: spec.name.clone(),
+        problem: format!("no buffer for it: {status}"),
+    })
 }
 
 /// Copies `bytes`, exactly as many as the buffer was made for, into the buffer.
@@ -354,7 +420,11 @@ fn write_buffer(buffer: &Owned<sys::LiteRtTensorBufferT>, bytes: &[u8]) -> Resul
 }
 
 /// Copies the buffer's `len` bytes, exactly as many as it was made for, to `bytes`.
-fn read_buffer(buffer: &Owned<sys::LiteRtTensorBufferT>, len: usize, bytes: &mut Vec<u8>) -> Result<(), EngineError> {
+fn read_buffer(
+    buffer: &Owned<sys::LiteRtTensorBufferT>,
+    len: usize,
+    bytes: &mut Vec<u8>,
+) -> Result<(), EngineError> {
     let memory = lock(buffer, sys::kLiteRtTensorBufferLockModeRead)?;
     bytes.clear();
     // SAFETY: the buffer was created with `len` bytes, is host memory that the run has written, and is locked until the
@@ -393,39 +463,63 @@ impl<'m> Graph<'m> {
         let index = get(|out| unsafe { sys::LiteRtGetMainModelSubgraphIndex(model.raw(), out) })?;
         let raw = get(|out| unsafe { sys::LiteRtGetModelSubgraph(model.raw(), index, out) })?;
         let operators = get(|out| unsafe { sys::LiteRtGetNumSubgraphOps(raw, out) })?;
-        Ok(Self { model, raw, operators })
+        Ok(Self {
+            model,
+            raw,
+            operators,
+        })
     }
 
     fn input_specs(&self) -> Result<Vec<TensorSpec>, EngineError> {
         // SAFETY (both): the graph belongs to a live model; the last argument is written to.
         let count = get(|out| unsafe { sys::LiteRtGetNumSubgraphInputs(self.raw, out) })?;
         (0..count)
-            .map(|i| tensor_spec(get(|out| unsafe { sys::LiteRtGetSubgraphInput(self.raw, i, out) })?, "input", i))
+            .map(|i| {
+                tensor_spec(
+                    get(|out| unsafe { sys::LiteRtGetSubgraphInput(self.raw, i, out) })?,
+                    "input",
+                    i,
+                )
+            })
             .collect()
     }
 
     fn outputs(&self) -> Result<Vec<sys::LiteRtTensor>, EngineError> {
         // SAFETY (both): the graph belongs to a live model; the last argument is written to.
         let count = get(|out| unsafe { sys::LiteRtGetNumSubgraphOutputs(self.raw, out) })?;
-        (0..count).map(|i| get(|out| unsafe { sys::LiteRtGetSubgraphOutput(self.raw, i, out) })).collect()
+        (0..count)
+            .map(|i| get(|out| unsafe { sys::LiteRtGetSubgraphOutput(self.raw, i, out) }))
+            .collect()
     }
 
     fn output_specs(&self) -> Result<Vec<TensorSpec>, EngineError> {
-        self.outputs()?.into_iter().enumerate().map(|(i, tensor)| tensor_spec(tensor, "output", i)).collect()
+        self.outputs()?
+            .into_iter()
+            .enumerate()
+            .map(|(i, tensor)| tensor_spec(tensor, "output", i))
+            .collect()
     }
 
     /// For each output of the signature, its place among the graph's outputs: a signature sorts them by name.
     fn outputs_in_signature_order(&self) -> Result<Vec<usize>, EngineError> {
         let outputs = self.outputs()?;
         // SAFETY (all three): model and signature are live; the last argument is written to.
-        let signature = get(|out| unsafe { sys::LiteRtGetModelSignature(self.model.raw(), SIGNATURE, out) })?;
+        let signature =
+            get(|out| unsafe { sys::LiteRtGetModelSignature(self.model.raw(), SIGNATURE, out) })?;
         let count = get(|out| unsafe { sys::LiteRtGetNumSignatureOutputs(signature, out) })?;
         let order = (0..count)
             .map(|i| {
-                let tensor = get(|out| unsafe { sys::LiteRtGetSignatureOutputTensorByIndex(signature, i, out) })?;
-                outputs.iter().position(|&output| output == tensor).ok_or_else(|| {
-                    EngineError::Load(format!("output {i} of its signature is not an output of its graph"))
-                })
+                let tensor = get(|out| unsafe {
+                    sys::LiteRtGetSignatureOutputTensorByIndex(signature, i, out)
+                })?;
+                outputs
+                    .iter()
+                    .position(|&output| output == tensor)
+                    .ok_or_else(|| {
+                        EngineError::Load(format!(
+                            "output {i} of its signature is not an output of its graph"
+                        ))
+                    })
             })
             .collect::<Result<Vec<_>, _>>()?;
         if order.len() == outputs.len() {
@@ -441,24 +535,39 @@ impl<'m> Graph<'m> {
 }
 
 /// Reads one tensor's description. `tensor` belongs to a live model.
-fn tensor_spec(tensor: sys::LiteRtTensor, kind: &str, index: usize) -> Result<TensorSpec, EngineError> {
+fn tensor_spec(
+    tensor: sys::LiteRtTensor,
+    kind: &str,
+    index: usize,
+) -> Result<TensorSpec, EngineError> {
     // SAFETY (here and below): `tensor` belongs to a live model; the last argument is written to. The name is a C string
     // that belongs to the model.
     let mut name = unsafe { text(get(|out| sys::LiteRtGetTensorName(tensor, out))?) };
     if name.is_empty() {
         name = format!("{kind} {index}");
     }
-    let refuse = |problem: String| EngineError::Tensor { name: name.clone(), problem };
+    let refuse = |problem: String| EngineError::Tensor {
+        name: name.clone(),
+        problem,
+    };
 
-    if get(|out| unsafe { sys::LiteRtGetTensorTypeId(tensor, out) })? != sys::kLiteRtRankedTensorType {
+    if get(|out| unsafe { sys::LiteRtGetTensorTypeId(tensor, out) })?
+        != sys::kLiteRtRankedTensorType
+    {
         return Err(refuse("has no fixed number of dimensions".to_owned()));
     }
-    let tensor_type: sys::LiteRtRankedTensorType = get(|out| unsafe { sys::LiteRtGetRankedTensorType(tensor, out) })?;
+    let tensor_type: sys::LiteRtRankedTensorType =
+        get(|out| unsafe { sys::LiteRtGetRankedTensorType(tensor, out) })?;
     let element = match tensor_type.element_type {
         sys::kLiteRtElementTypeInt8 => ElementType::Int8,
         sys::kLiteRtElementTypeUInt8 => ElementType::UInt8,
         sys::kLiteRtElementTypeFloat32 => ElementType::Float32,
-        other => return Err(refuse(format!("has element type {}; expected int8, uint8 or float32", type_name(other)))),
+        other => {
+            return Err(refuse(format!(
+                "has element type {}; expected int8, uint8 or float32",
+                type_name(other)
+            )));
+        }
     };
 
     let rank = tensor_type.layout.rank() as usize;
@@ -474,35 +583,60 @@ fn tensor_spec(tensor: sys::LiteRtTensor, kind: &str, index: usize) -> Result<Te
         .ok_or_else(|| {
             refuse(format!("has the shape {dimensions:?}; expected fixed sizes (convert with a fixed batch of 1)"))
         })?;
-    let bytes = shape.iter().try_fold(element.size(), |product, &extent| product.checked_mul(extent));
+    let bytes = shape.iter().try_fold(element.size(), |product, &extent| {
+        product.checked_mul(extent)
+    });
     if bytes.is_none_or(|bytes| bytes > MAX_TENSOR_BYTES) {
-        return Err(refuse(format!("has the shape {shape:?}; expected at most {} MiB", MAX_TENSOR_BYTES >> 20)));
+        return Err(refuse(format!(
+            "has the shape {shape:?}; expected at most {} MiB",
+            MAX_TENSOR_BYTES >> 20
+        )));
     }
 
     let quant = match element {
         ElementType::Float32 => None,
-        ElementType::Int8 | ElementType::UInt8 => Some(quantization(tensor, element).map_err(&refuse)?),
+        ElementType::Int8 | ElementType::UInt8 => {
+            Some(quantization(tensor, element).map_err(&refuse)?)
+        }
     };
-    Ok(TensorSpec { name, shape, element, quant })
+    Ok(TensorSpec {
+        name,
+        shape,
+        element,
+        quant,
+    })
 }
 
 fn quantization(tensor: sys::LiteRtTensor, element: ElementType) -> Result<QuantParams, String> {
     // SAFETY (both): `tensor` belongs to a live model; the last argument is written to.
-    let kind =
-        get(|out| unsafe { sys::LiteRtGetQuantizationTypeId(tensor, out) }).map_err(|error| error.to_string())?;
+    let kind = get(|out| unsafe { sys::LiteRtGetQuantizationTypeId(tensor, out) })
+        .map_err(|error| error.to_string())?;
     if kind != sys::kLiteRtQuantizationPerTensor {
         return Err(
             "is an integer tensor without one scale and zero point; expected a fully quantized model".to_owned()
         );
     }
     let raw: sys::LiteRtQuantizationPerTensor =
-        get(|out| unsafe { sys::LiteRtGetPerTensorQuantization(tensor, out) }).map_err(|error| error.to_string())?;
-    let levels = if element == ElementType::Int8 { -128..=127 } else { 0..=255 };
+        get(|out| unsafe { sys::LiteRtGetPerTensorQuantization(tensor, out) })
+            .map_err(|error| error.to_string())?;
+    let levels = if element == ElementType::Int8 {
+        -128..=127
+    } else {
+        0..=255
+    };
     match i32::try_from(raw.zero_point) {
-        Ok(zero_point) if raw.scale.is_finite() && raw.scale > 0.0 && levels.contains(&zero_point) => {
-            Ok(QuantParams { scale: raw.scale, zero_point })
+        Ok(zero_point)
+            if raw.scale.is_finite() && raw.scale > 0.0 && levels.contains(&zero_point) =>
+        {
+            Ok(QuantParams {
+                scale: raw.scale,
+                zero_point,
+            })
         }
-        _ => Err(format!("has scale {} and zero point {}, which make no sense", raw.scale, raw.zero_point)),
+        _ => Err(format!(
+            "has scale {} and zero point {}, which make no sense",
+            raw.scale, raw.zero_point
+        )),
     }
 }
 
@@ -545,7 +679,9 @@ fn create<T>(
 ) -> Result<Owned<T>, Status> {
     let mut raw = ptr::null_mut();
     check(make(&raw mut raw))?;
-    NonNull::new(raw).map(|raw| Owned { raw, destroy }).ok_or(Status(sys::kLiteRtStatusErrorUnknown))
+    NonNull::new(raw)
+        .map(|raw| Owned { raw, destroy })
+        .ok_or(Status(sys::kLiteRtStatusErrorUnknown))
 }
 
 /// Calls `read` with the place for its answer.
@@ -563,7 +699,11 @@ fn get<T: Copy>(read: impl FnOnce(*mut T) -> sys::LiteRtStatus) -> Result<T, Eng
 struct Status(sys::LiteRtStatus);
 
 fn check(status: sys::LiteRtStatus) -> Result<(), Status> {
-    if status == sys::kLiteRtStatusOk { Ok(()) } else { Err(Status(status)) }
+    if status == sys::kLiteRtStatusOk {
+        Ok(())
+    } else {
+        Err(Status(status))
+    }
 }
 
 impl std::fmt::Display for Status {
@@ -575,7 +715,8 @@ impl std::fmt::Display for Status {
             sys::kLiteRtStatusErrorRuntimeFailure => "runtime failure",
             sys::kLiteRtStatusErrorUnsupported => "not supported",
             sys::kLiteRtStatusErrorNotFound => "not found",
-            sys::kLiteRtStatusErrorWrongVersion | sys::kLiteRtStatusErrorUnsupportedRuntimeVersion => "wrong version",
+            sys::kLiteRtStatusErrorWrongVersion
+            | sys::kLiteRtStatusErrorUnsupportedRuntimeVersion => "wrong version",
             sys::kLiteRtStatusErrorFileIO => "file error",
             sys::kLiteRtStatusErrorInvalidFlatbuffer => "not an intact model file",
             sys::kLiteRtStatusErrorCompilation => "compilation failed",
@@ -597,7 +738,9 @@ unsafe fn text(chars: *const c_char) -> String {
         return String::new();
     }
     // SAFETY: the caller's promise.
-    unsafe { CStr::from_ptr(chars) }.to_string_lossy().into_owned()
+    unsafe { CStr::from_ptr(chars) }
+        .to_string_lossy()
+        .into_owned()
 }
 
 /// Bytes at an address that is a multiple of 16, which a TFLite file's tensors are laid out for.
@@ -620,7 +763,10 @@ impl AlignedBytes {
                 block
             })
             .collect();
-        Self { blocks, len: bytes.len() }
+        Self {
+            blocks,
+            len: bytes.len(),
+        }
     }
 
     fn as_ptr(&self) -> *const u8 {

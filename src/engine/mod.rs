@@ -77,6 +77,16 @@ pub struct EngineInfo {
     pub threads: usize,
 }
 
+impl std::fmt::Display for EngineInfo {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} {}, {}, {} thread(s)",
+            self.runtime, self.version, self.delegate, self.threads
+        )
+    }
+}
+
 /// A loaded model, ready to run. One instance belongs to one thread.
 pub trait Engine: Send {
     /// The runtime behind it.

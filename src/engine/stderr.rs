@@ -19,7 +19,9 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 /// Runs `f`, which must not call this again, and returns with its result the errors that the runtime wrote.
 pub(super) fn quietly<T>(f: impl FnOnce() -> T) -> (T, Vec<String>) {
     let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let Some(caught) = Caught::start() else { return (f(), Vec::new()) };
+    let Some(caught) = Caught::start() else {
+        return (f(), Vec::new());
+    };
     let result = f();
     let text = caught.finish();
 
@@ -48,11 +50,15 @@ fn classify(line: &str) -> Line<'_> {
     if CHATTER.iter().any(|start| line.starts_with(start)) {
         return Line::Chatter;
     }
-    let Some(message) = line.strip_prefix("ERROR: ") else { return Line::NotOurs };
+    let Some(message) = line.strip_prefix("ERROR: ") else {
+        return Line::NotOurs;
+    };
     let message = message.trim().trim_end_matches('.');
     // The place in the runtime's source means nothing to a reader.
-    let without_place =
-        message.strip_prefix('[').and_then(|rest| rest.split_once("] ")).map_or(message, |(_, text)| text);
+    let without_place = message
+        .strip_prefix('[')
+        .and_then(|rest| rest.split_once("] "))
+        .map_or(message, |(_, text)| text);
     Line::Error(without_place)
 }
 
@@ -112,12 +118,21 @@ mod tests {
 
     #[test]
     fn tells_the_runtimes_lines_from_others() {
-        assert_eq!(classify("INFO: [environment.cc:30] Creating LiteRT environment\n"), Line::Chatter);
-        assert_eq!(classify("ERROR: [model.cc:12] no such thing\n"), Line::Error("no such thing"));
+        assert_eq!(
+            classify("INFO: [environment.cc:30] Creating LiteRT environment\n"),
+            Line::Chatter
+        );
+        assert_eq!(
+            classify("ERROR: [model.cc:12] no such thing\n"),
+            Line::Error("no such thing")
+        );
         assert_eq!(
             classify("ERROR: Encountered unresolved custom op: X.\n"),
             Line::Error("Encountered unresolved custom op: X")
         );
-        assert_eq!(classify("2026-11-23T13:00:00Z  INFO scan done\n"), Line::NotOurs);
+        assert_eq!(
+            classify("2026-11-23T13:00:00Z  INFO scan done\n"),
+            Line::NotOurs
+        );
     }
 }

@@ -5,7 +5,12 @@ use crate::prediction::RejectReason;
 
 /// What the pipeline needs from a DICOM header.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct DicomHeader {}
+pub struct DicomHeader {
+    /// Study.
+    pub study_instance_uid: Option<String>,
+    /// Acquired.
+    pub acquired: Option<String>,
+}
 
 #[derive(Debug)]
 pub(crate) struct DicomSource<'a>(std::marker::PhantomData<&'a ()>);
@@ -30,7 +35,7 @@ impl<'a> DicomSource<'a> {
         Err(super::decode::unsupported("DICOM"))
     }
     pub(crate) fn header(&self) -> &DicomHeader {
-        &DicomHeader {}
+        unreachable!()
     }
 }
 pub(crate) fn is_dicom(bytes: &[u8]) -> bool {
