@@ -1,4 +1,4 @@
-"""Crop, resize and quantize beside OpenCV in Python, one thread each, on the same decoded pictures.
+"""Decoding of JPEG, crop, resize and quantize beside OpenCV in Python, one thread each, on the same pictures.
 
     python benches/compare_opencv.py [--data DIR] [--every N] [--rounds N]
 
@@ -25,7 +25,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests/golden"))
 import reference  # noqa: E402
 
-STAGES = ("crop", "resize", "quantize")
+STAGES = ("decode", "crop", "resize", "quantize")
 
 
 def bench_binary(flags):
@@ -46,9 +46,13 @@ def pictures(data, every):
     return sorted((ROOT / "tests/golden/crop/files").glob("*.png"))
 
 
-def python_pass(images):
+def python_pass(images, jpegs):
     """The application's steps; quantization as a NumPy user would write it."""
     spent = dict.fromkeys(STAGES, 0)
+    start = time.perf_counter_ns()
+    for data in jpegs:
+        cv2.imdecode(data, cv2.IMREAD_COLOR)
+    spent["decode"] = time.perf_counter_ns() - start
     means = np.array([103.939, 116.779, 123.68], np.float32)
     for img in images:
         start = time.perf_counter_ns()
@@ -67,6 +71,10 @@ def python_pass(images):
     return spent
 
 
+def after_decoding(spent):
+    return sum(spent[stage] for stage in STAGES[1:])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=pathlib.Path, default=ROOT / "../shared/data/mri")
@@ -77,7 +85,8 @@ def main():
     cv2.setNumThreads(1)
     binary = bench_binary(args.flags)
     with tempfile.TemporaryDirectory() as folder:
-        images, colored = [], 0
+        images, jpegs, colored = [], [], 0
+        os.mkdir(f"{folder}/jpeg")
         for i, path in enumerate(pictures(args.data, args.every)):
             img = cv2.imread(str(path))
             grey = (img == img[:, :, :1]).all()
@@ -85,6 +94,10 @@ def main():
             # ScanSentry keeps a grey file at one channel; OpenCV's imread always makes three.
             cv2.imwrite(f"{folder}/{i:05}.png", np.ascontiguousarray(img[:, :, 0]) if grey else img)
             images.append(img)
+            if path.suffix.lower() in (".jpg", ".jpeg"):
+                data = path.read_bytes()
+                pathlib.Path(f"{folder}/jpeg/{i:05}.jpg").write_bytes(data)
+                jpegs.append(np.frombuffer(data, np.uint8))
         rust = subprocess.Popen(
             [binary, "--bench"],
             env={**os.environ, "SCANSENTRY_SIDE_BY_SIDE": folder},
@@ -94,22 +107,29 @@ def main():
         best = {"python": dict.fromkeys(STAGES, 1 << 62), "rust": dict.fromkeys(STAGES, 1 << 62)}
         ratios = []
         for _ in range(args.rounds):
-            ours = python_pass(images)
+            ours = python_pass(images, jpegs)
             rust.stdin.write("\n")
             rust.stdin.flush()
             theirs = dict(zip(STAGES, map(int, rust.stdout.readline().split())))
-            ratios.append(sum(theirs.values()) / sum(ours.values()))
+            ratios.append(after_decoding(theirs) / after_decoding(ours))
             for side, spent in (("python", ours), ("rust", theirs)):
                 for stage in STAGES:
                     best[side][stage] = min(best[side][stage], spent[stage])
         rust.stdin.close()
         rust.wait()
-    print(f"OpenCV {cv2.__version__}, {len(images)} pictures ({colored} in colour), {args.rounds} rounds, microseconds a picture")
-    print(f"{'stage':10} {'OpenCV':>9} {'ScanSentry':>11} {'ratio':>6}")
-    for stage in (*STAGES, "total"):
-        of = lambda side: (sum(best[side].values()) if stage == "total" else best[side][stage]) / len(images) / 1000
-        print(f"{stage:10} {of('python'):9.1f} {of('rust'):11.1f} {of('rust') / of('python'):6.2f}")
-    print(f"median ratio of whole rounds: {sorted(ratios)[len(ratios) // 2]:.2f}")
+    print(f"OpenCV {cv2.__version__}, {len(images)} pictures ({colored} in colour), {len(jpegs)} JPEG files, {args.rounds} rounds; microseconds each")
+    print(f"{'stage':24} {'OpenCV':>9} {'ScanSentry':>11} {'ratio':>6}")
+
+    def line(name, count, of):
+        python, rust = (of(best[side]) / max(count, 1) / 1000 for side in ("python", "rust"))
+        print(f"{name:24} {python:9.1f} {rust:11.1f} {rust / max(python, 1e-9):6.2f}")
+
+    line("decode (JPEG)", len(jpegs), lambda spent: spent["decode"])
+    for stage in STAGES[1:]:
+        line(stage, len(images), lambda spent: spent[stage])
+    line("crop + resize", len(images), lambda spent: spent["crop"] + spent["resize"])
+    line("crop + resize + quantize", len(images), after_decoding)
+    print(f"median ratio of whole rounds, crop + resize + quantize: {sorted(ratios)[len(ratios) // 2]:.2f}")
 
 
 if __name__ == "__main__":

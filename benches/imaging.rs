@@ -1,8 +1,9 @@
 //! The stages between decoding and inference, one thread.
 //!
 //! `cargo bench --bench imaging` times each on generated heads of three sizes. With `SCANSENTRY_SIDE_BY_SIDE=DIR` it
-//! instead answers `compare_opencv.py`: it reads every picture in DIR, and for each line on its input passes over all of
-//! them once and prints the nanoseconds that the stages took.
+//! instead answers `compare_opencv.py`: it reads the decoded pictures in DIR and the JPEG files in DIR/jpeg, and for each
+//! line on its input passes over all of them once and prints the nanoseconds that decoding, crop, resize and
+//! quantization took.
 
 use std::hint::black_box;
 use std::io::{BufRead, Write};
@@ -13,6 +14,8 @@ use criterion::{BenchmarkId, Criterion, Throughput};
 use image::{GrayImage, Luma, RgbImage};
 use scansentry::engine::{ElementType, QuantParams};
 use scansentry::imaging::Picture;
+use scansentry::imaging::decode::{Limits, Source};
+use scansentry::imaging::quality::measure;
 use scansentry::imaging::quantize::{ColorOrder, Normalization, Quantizer};
 use scansentry::imaging::resize::{ResizeFilter, ResizeSpec, Resizer};
 use scansentry::imaging::roi::{CropSpec, RoiFinder};
@@ -83,19 +86,23 @@ fn benches(criterion: &mut Criterion) {
             group.throughput(Throughput::Elements(u64::from(side) * u64::from(side)));
             let roi = stages.finder.find(picture).expect("a head").roi;
             group.bench_function(id("roi"), |b| {
-                b.iter(|| stages.finder.find(black_box(picture)))
+                b.iter(|| black_box(stages.finder.find(black_box(picture))));
             });
             group.bench_function(id("resize"), |b| {
                 b.iter(|| {
                     black_box(stages.resizer.resize(black_box(picture), roi));
                 });
             });
+            let contour = stages.finder.find(picture).expect("a head");
+            group.bench_function(id("quality"), |b| {
+                b.iter(|| measure(black_box(picture), &stages.finder, &contour));
+            });
             let resized = stages.resizer.resize(picture, roi).clone();
             group.bench_function(id("quantize"), |b| {
                 b.iter(|| {
                     stages
                         .quantizer
-                        .quantize(black_box(&resized), &mut stages.tensor)
+                        .quantize(black_box(&resized), &mut stages.tensor);
                 });
             });
             group.finish();
@@ -103,26 +110,37 @@ fn benches(criterion: &mut Criterion) {
     }
 }
 
-fn side_by_side(folder: &Path) {
-    let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
-        .expect("a folder")
-        .map(|entry| entry.expect("an entry").path())
+/// The files of a folder in the order of their names.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).expect("a folder");
+    let mut files: Vec<PathBuf> = entries
+        .map(|e| e.expect("an entry").path())
+        .filter(|p| p.is_file())
         .collect();
     files.sort();
-    let pictures: Vec<Picture> = files
+    files
+}
+
+fn decode(bytes: &[u8]) -> Picture {
+    let mut source = Source::open(bytes, &Limits::default()).expect("a picture");
+    source.frame(0).expect("a whole picture")
+}
+
+fn side_by_side(folder: &Path) {
+    let read = |file: &PathBuf| std::fs::read(file).expect("a readable file");
+    let pictures: Vec<Picture> = files(folder)
         .iter()
-        .map(|file| {
-            let image = image::open(file).expect("a picture");
-            if image.color().has_color() {
-                Picture::Rgb(image.into_rgb8())
-            } else {
-                Picture::Gray(image.into_luma8())
-            }
-        })
+        .map(|file| decode(&read(file)))
         .collect();
+    let jpegs: Vec<Vec<u8>> = files(&folder.join("jpeg")).iter().map(read).collect();
     let mut stages = Stages::new();
     println!("{} pictures", pictures.len());
     for _ in std::io::stdin().lock().lines() {
+        let start = Instant::now();
+        for jpeg in &jpegs {
+            black_box(decode(jpeg));
+        }
+        let decoding = start.elapsed();
         let [mut roi, mut resize, mut quantize] = [Duration::ZERO; 3];
         for picture in &pictures {
             let start = Instant::now();
@@ -130,16 +148,17 @@ fn side_by_side(folder: &Path) {
                 continue;
             };
             let cropped = Instant::now();
-            let resized = stages.resizer.resize(picture, found.roi);
-            let sized = Instant::now();
-            stages.quantizer.quantize(resized, &mut stages.tensor);
+            let input = stages.resizer.resize(picture, found.roi);
+            let resized = Instant::now();
+            stages.quantizer.quantize(input, &mut stages.tensor);
             black_box(&stages.tensor);
             roi += cropped - start;
-            resize += sized - cropped;
-            quantize += sized.elapsed();
+            resize += resized - cropped;
+            quantize += resized.elapsed();
         }
         println!(
-            "{} {} {}",
+            "{} {} {} {}",
+            decoding.as_nanos(),
             roi.as_nanos(),
             resize.as_nanos(),
             quantize.as_nanos()
