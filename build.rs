@@ -23,9 +23,14 @@ fn main() {
         return;
     }
     let target = env::var("TARGET").expect("cargo sets TARGET");
-    let Some(directory) = library_directory(&target) else { return };
+    let Some(directory) = library_directory(&target) else {
+        return;
+    };
 
-    println!("cargo::rerun-if-changed={}", directory.join(LIBRARY).display());
+    println!(
+        "cargo::rerun-if-changed={}",
+        directory.join(LIBRARY).display()
+    );
     println!("cargo::rustc-link-search=native={}", directory.display());
     println!("cargo::rustc-link-arg=-Wl,-rpath,$ORIGIN/../lib/scansentry");
     if env::var_os("SCANSENTRY_PACKAGE").is_none_or(|value| value != "1") {
@@ -35,19 +40,35 @@ fn main() {
 
 /// The directory of the library for `target`; without one the build ends here, with one line that says what to do.
 fn library_directory(target: &str) -> Option<PathBuf> {
-    let root = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
-    let fetched = root.join(".deps").join(format!("litert-{LITERT_VERSION}")).join(target);
+    let root =
+        PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo sets CARGO_MANIFEST_DIR"));
+    let fetched = root
+        .join(".deps")
+        .join(format!("litert-{LITERT_VERSION}"))
+        .join(target);
     // `.cargo/config.toml` sets LITERT_LIB_DIR to the project itself, which means "not given".
-    let given = env::var_os("LITERT_LIB_DIR").map(PathBuf::from).filter(|given| !same_directory(given, &root));
+    let given = env::var_os("LITERT_LIB_DIR")
+        .map(PathBuf::from)
+        .filter(|given| !same_directory(given, &root));
 
-    let hint = if given.is_some() { "LITERT_LIB_DIR says so" } else { "run `make setup`" };
+    let hint = if given.is_some() {
+        "LITERT_LIB_DIR says so"
+    } else {
+        "run `make setup`"
+    };
     let directory = given.unwrap_or(fetched);
     if directory.join(LIBRARY).is_file() {
         return Some(directory);
     }
     // Watched although absent, so that the next build after `make setup` looks again.
-    println!("cargo::rerun-if-changed={}", directory.join(LIBRARY).display());
-    println!("cargo::error={LIBRARY} for {target} is not in {}; {hint}", directory.display());
+    println!(
+        "cargo::rerun-if-changed={}",
+        directory.join(LIBRARY).display()
+    );
+    println!(
+        "cargo::error={LIBRARY} for {target} is not in {}; {hint}",
+        directory.display()
+    );
     None
 }
 
