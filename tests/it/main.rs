@@ -4,5 +4,6 @@
 #![allow(clippy::unwrap_used)]
 
 mod decode;
+mod dicom;
 mod engine;
 mod parity;
