@@ -57,6 +57,21 @@ pub enum QualityFlag {
     Color,
 }
 
+impl QualityFlag {
+    /// The flag as it is published.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::SmallContour => "small_contour",
+            Self::LargeContour => "large_contour",
+            Self::RaggedContour => "ragged_contour",
+            Self::BrightCorners => "bright_corners",
+            Self::LowContrast => "low_contrast",
+            Self::Clipped => "clipped",
+            Self::Color => "color",
+        }
+    }
+}
+
 /// Limits of the measures in [`Quality`], 0 to 1.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
