@@ -3,7 +3,11 @@
 // Helpers of tests may stop the test.
 #![allow(clippy::unwrap_used)]
 
+mod broker;
+mod cli;
 mod decode;
 mod dicom;
 mod engine;
+mod main_job;
 mod parity;
+mod support;
