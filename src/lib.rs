@@ -2,4 +2,6 @@
 
 pub mod engine;
 pub mod imaging;
+pub mod phantom;
 pub mod prediction;
+pub mod simulate;
