@@ -1,5 +1,7 @@
 //! ScanSentry.
 
+#[cfg(feature = "demo")]
+pub mod broker;
 pub mod engine;
 pub mod imaging;
 pub mod phantom;
