@@ -14,7 +14,7 @@ use rumqttd::{Broker, Config, ConnectionSettings, RouterConfig, ServerSettings};
 
 /// Enough for a demo with many watchers; a connection costs memory only when it is there.
 const MAX_CONNECTIONS: usize = 200;
-/// Larger than any message that `ScanSentry` publishes, previews included.
+/// Larger than any message that ScanSentry publishes, previews included.
 const MAX_PAYLOAD_BYTES: usize = 4 << 20;
 /// QoS 1 messages that may be on their way to one client.
 const MAX_INFLIGHT: usize = 100;

@@ -187,17 +187,17 @@ impl Phantom {
         let lesion = lesion.then(|| {
             let mut dice = Dice::new(seed, 1);
             let field = canvas.smooth_noise(&mut dice, texture_sigma);
-            let (size, ratio) = (side * dice.pick(LESION_SIZE), dice.pick(LESION_ASPECT));
+            let (extent, ratio) = (side * dice.pick(LESION_SIZE), dice.pick(LESION_ASPECT));
             let (gain, radius) = (dice.pick(LESION_GAIN), dice.pick(LESION_RADIUS));
             // Off the midline: the part from front to back is kept below 0.85 of the radius.
             let (sin, cos) = sin_cos(dice.pick(0.0..360.0));
             let across = cos.abs().max(0.5).copysign(cos);
             let (x, y) = at(across * radius * bx, sin.clamp(-0.85, 0.85) * radius * by);
-            let ellipse = |x, y, size: f64, degrees| Ellipse {
+            let ellipse = |x, y, a: f64, degrees| Ellipse {
                 x,
                 y,
-                a: size,
-                b: size * ratio,
+                a,
+                b: a * ratio,
                 degrees,
             };
 
@@ -205,7 +205,8 @@ impl Phantom {
                 dice.chance(LESION_HAS_CORE),
                 dice.pick(LESION_LOBES) as usize,
             );
-            let (edema_gain, edema) = (dice.pick(EDEMA_GAIN) as f32, size * dice.pick(EDEMA_SIZE));
+            let (edema_gain, edema) =
+                (dice.pick(EDEMA_GAIN) as f32, extent * dice.pick(EDEMA_SIZE));
             let halo = canvas
                 .mask(&ellipse(x, y, edema, dice.pick(0.0..180.0)))
                 .and(&brain);
@@ -222,10 +223,10 @@ impl Phantom {
                 .for_each(|(level, glow)| *level += glow);
 
             let mut body = Mask(vec![false; canvas.levels.len()]);
-            let spread = if lobes > 1 { 0.45 * size } else { 0.0 };
+            let spread = if lobes > 1 { 0.45 * extent } else { 0.0 };
             for _ in 0..lobes {
                 let (dx, dy) = (dice.pick(-1.0..1.0) * spread, dice.pick(-1.0..1.0) * spread);
-                let lobe = canvas.mask(&ellipse(x + dx, y + dy, size, dice.pick(0.0..180.0)));
+                let lobe = canvas.mask(&ellipse(x + dx, y + dy, extent, dice.pick(0.0..180.0)));
                 body.0
                     .iter_mut()
                     .zip(&lobe.0)
@@ -236,7 +237,7 @@ impl Phantom {
                 *level = (brain_grey + gain) as f32 + texture * field[i]
             });
             if core {
-                let middle = canvas.mask(&ellipse(x, y, 0.5 * size, 0.0)).and(&brain);
+                let middle = canvas.mask(&ellipse(x, y, 0.5 * extent, 0.0)).and(&brain);
                 canvas.paint_mask(&middle, |level, _| *level = (0.55 * brain_grey) as f32);
             }
             body.bounds(canvas.width)
@@ -432,9 +433,9 @@ impl Canvas {
             .sum::<f64>()
             / count;
         let deviation = variance.sqrt() + 1e-6;
-        field
-            .iter_mut()
-            .for_each(|v| *v = ((f64::from(*v) - mean) / deviation) as f32);
+        for value in &mut field {
+            *value = ((f64::from(*value) - mean) / deviation) as f32;
+        }
         field
     }
 
