@@ -22,4 +22,5 @@ pub mod simulate;
 pub mod store;
 pub mod studies;
 pub mod telemetry;
+pub mod tensor;
 pub mod watch;

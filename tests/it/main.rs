@@ -8,6 +8,8 @@ mod cli;
 mod decode;
 mod dicom;
 mod engine;
+mod layers;
 mod main_job;
 mod parity;
+mod store;
 mod support;
