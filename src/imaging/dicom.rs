@@ -13,6 +13,7 @@
 //! Frames are decoded one at a time. Only [`DicomHeader`] leaves this module, for the pipeline alone.
 
 mod codec;
+mod jpegls;
 mod voi;
 mod walk;
 
@@ -221,7 +222,7 @@ impl<'a> DicomSource<'a> {
                     return Err(not_an_image("a DICOM object with floating-point values"));
                 }
                 tags::MODALITY_LUT_SEQUENCE => {
-                    modality_table |= !walk.items(&element, 1)?.is_empty()
+                    modality_table |= !walk.items(&element, 1)?.is_empty();
                 }
                 tags::SHARED_FUNCTIONAL_GROUPS_SEQUENCE => {
                     if let Some(item) = walk.items(&element, 1)?.pop() {
@@ -595,10 +596,10 @@ fn meta_group(
         };
         match element.tag {
             tags::TRANSFER_SYNTAX_UID if element.value.len() <= 128 => {
-                transfer_syntax = text(element.value)
+                transfer_syntax = text(element.value);
             }
             tags::MEDIA_STORAGE_SOP_CLASS_UID if element.value.len() <= 128 => {
-                class = text(element.value)
+                class = text(element.value);
             }
             _ => {}
         }
@@ -707,7 +708,7 @@ fn image_pixel_module(
     }
     let bits = unsigned(tags::BITS_STORED, "BitsStored").unwrap_or(bits_allocated);
     let high = unsigned(tags::HIGH_BIT, "HighBit").unwrap_or(bits.saturating_sub(1));
-    if bits == 0 || bits > bits_allocated || high + 1 < bits || high >= bits_allocated {
+    if bits == 0 || bits > bits_allocated || high >= bits_allocated || high + 1 < bits {
         return Err(corrupt(
             "DICOM: BitsAllocated, BitsStored and HighBit contradict each other",
         ));

@@ -3,3 +3,4 @@
 mod decode;
 mod dicom;
 mod parity;
+mod smoke;
