@@ -1,3 +1,5 @@
 //! The `scansentry` command.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    scansentry::cli::main()
+}

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::manifest::{Activation, DecisionRule, Output};
+
 /// A rectangle in the source picture, in pixels; half open (`x..x + width`, `y..y + height`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Roi {
@@ -59,4 +61,264 @@ pub enum RejectCode {
     TooSmall,
     /// No pixel is brighter than the crop's threshold: nothing to look at.
     Blank,
+    /// The file cannot be opened or read.
+    Unreadable,
+    /// A FIFO, socket or device, not a file.
+    NotAFile,
+    /// A symbolic link that leads out of the export folder.
+    OutsideFolder,
+    /// The process died each time it worked on this file.
+    Crashed,
+    /// The model did not run on this picture.
+    InferenceFailed,
+    /// A defect of the program on this file; it was contained.
+    Internal,
+}
+
+impl RejectCode {
+    /// Whether the file is no image on purpose (a report, an index), which is nothing to complain about.
+    pub fn is_skip(self) -> bool {
+        self == Self::NotAnImageObject
+    }
+
+    /// The code as it is published.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Empty => "empty",
+            Self::FileTooLarge => "file_too_large",
+            Self::NotAnImage => "not_an_image",
+            Self::NotAnImageObject => "not_an_image_object",
+            Self::Unsupported => "unsupported",
+            Self::Truncated => "truncated",
+            Self::Corrupt => "corrupt",
+            Self::TooManyPixels => "too_many_pixels",
+            Self::TooSmall => "too_small",
+            Self::Blank => "blank",
+            Self::Unreadable => "unreadable",
+            Self::NotAFile => "not_a_file",
+            Self::OutsideFolder => "outside_folder",
+            Self::Crashed => "crashed",
+            Self::InferenceFailed => "inference_failed",
+            Self::Internal => "internal",
+        }
+    }
+}
+
+/// What the probability says against the threshold. Never a diagnosis.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Decision {
+    /// Probability at or above the threshold.
+    Positive,
+    /// Probability below the threshold.
+    Negative,
+    /// Inside the model's band of doubt, or a picture that is not what the model was made for.
+    Indeterminate,
+}
+
+impl Decision {
+    /// The decision by `rule`: at or above the threshold is positive, inside the band indeterminate.
+    pub fn by(rule: &DecisionRule, probability: f64) -> Self {
+        match rule.indeterminate {
+            Some([low, high]) if low <= probability && probability < high => Self::Indeterminate,
+            _ if probability >= rule.threshold => Self::Positive,
+            _ => Self::Negative,
+        }
+    }
+
+    /// The decision as it is published.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Positive => "positive",
+            Self::Negative => "negative",
+            Self::Indeterminate => "indeterminate",
+        }
+    }
+
+    /// The decision in words that promise nothing.
+    pub fn statement(self) -> &'static str {
+        match self {
+            Self::Positive => "tumour pattern found by this model",
+            Self::Negative => "no tumour pattern found by this model",
+            Self::Indeterminate => "this model gives no clear answer for this image",
+        }
+    }
+}
+
+/// What the model said about one picture.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Prediction {
+    /// Probability of each label, in the manifest's order, 0-1.
+    pub scores: Vec<f64>,
+    /// Index of the most probable label.
+    pub label: usize,
+    /// Sum of the positive labels' probabilities, 0-1.
+    pub probability: f64,
+    /// The decision by the manifest's rule.
+    pub decision: Decision,
+    /// Class activation map, when the model has one.
+    pub heatmap: Option<Heatmap>,
+}
+
+/// A class activation map: how much each cell of the model's input spoke for a positive label.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Heatmap {
+    /// Cells across.
+    pub width: usize,
+    /// Cells down.
+    pub height: usize,
+    /// Row by row, log-odds contributions; comparable within one picture only.
+    pub cells: Vec<f32>,
+}
+
+/// How long each stage took, milliseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+pub struct Timings {
+    /// From bytes to pixels.
+    pub decode: f64,
+    /// Finding the brain.
+    pub roi: f64,
+    /// Scaling and quantizing.
+    pub resize: f64,
+    /// Running the model.
+    pub infer: f64,
+    /// All of it.
+    pub total: f64,
+}
+
+/// What became of one picture that could be classified.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Classified {
+    /// What the model said.
+    pub prediction: Prediction,
+    /// What it saw of the picture.
+    pub roi: Roi,
+    /// What is unusual about the picture.
+    pub quality: Vec<&'static str>,
+    /// How long the stages took.
+    pub timings: Timings,
+}
+
+impl Prediction {
+    /// Interprets the score tensor's real values and, if there is one, the heatmap tensor's.
+    ///
+    /// One value with two labels is the second label's probability (or log-odds); otherwise there is a value for each
+    /// label. `Err` names what does not fit.
+    pub fn interpret(
+        output: &Output,
+        rule: &DecisionRule,
+        values: &[f32],
+        heatmap: Option<Heatmap>,
+    ) -> Result<Self, String> {
+        if values.iter().any(|v| !v.is_finite()) {
+            return Err("the model's output is not a finite number".into());
+        }
+        let real = |v: f32| f64::from(v);
+        let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+        let scores: Vec<f64> = match (values, output.labels.len(), output.activation) {
+            ([value], 2, activation) => {
+                let p = if activation == Activation::Logit {
+                    sigmoid(real(*value))
+                } else {
+                    real(*value)
+                };
+                let p = p.clamp(0.0, 1.0);
+                vec![1.0 - p, p]
+            }
+            (values, labels, activation) if values.len() == labels => match activation {
+                Activation::Logit => {
+                    let top = values
+                        .iter()
+                        .copied()
+                        .map(real)
+                        .fold(f64::NEG_INFINITY, f64::max);
+                    let powers: Vec<f64> = values.iter().map(|v| (real(*v) - top).exp()).collect();
+                    let sum: f64 = powers.iter().sum();
+                    powers.iter().map(|p| p / sum).collect()
+                }
+                Activation::Sigmoid | Activation::Softmax => {
+                    values.iter().map(|v| real(*v).clamp(0.0, 1.0)).collect()
+                }
+            },
+            (values, labels, _) => {
+                return Err(format!(
+                    "the model gives {} scores for {labels} labels",
+                    values.len()
+                ));
+            }
+        };
+        let label =
+            (0..scores.len()).fold(0, |best, i| if scores[i] > scores[best] { i } else { best });
+        let probability = output
+            .labels
+            .iter()
+            .zip(&scores)
+            .filter(|(label, _)| output.positive.contains(label))
+            .map(|(_, score)| score)
+            .sum::<f64>()
+            .min(1.0);
+        let decision = Decision::by(rule, probability);
+        Ok(Self {
+            scores,
+            label,
+            probability,
+            decision,
+            heatmap,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn output(activation: Activation, labels: &[&str], positive: &[&str]) -> Output {
+        let own = |names: &[&str]| names.iter().map(|n| (*n).to_owned()).collect();
+        Output {
+            activation,
+            index: 0,
+            labels: own(labels),
+            positive: own(positive),
+            heatmap: None,
+        }
+    }
+
+    #[test]
+    fn half_is_positive_as_in_the_reference_application() {
+        let rule = DecisionRule::default();
+        assert_eq!(Decision::by(&rule, 0.5), Decision::Positive);
+        assert_eq!(Decision::by(&rule, 0.499_999), Decision::Negative);
+        let band = DecisionRule {
+            threshold: 0.5,
+            indeterminate: Some([0.4, 0.6]),
+        };
+        assert_eq!(Decision::by(&band, 0.4), Decision::Indeterminate);
+        assert_eq!(Decision::by(&band, 0.6), Decision::Positive);
+    }
+
+    #[test]
+    fn one_score_softmax_and_logits() {
+        let rule = DecisionRule::default();
+        let binary = output(Activation::Sigmoid, &["no", "yes"], &["yes"]);
+        let p = Prediction::interpret(&binary, &rule, &[0.75], None).unwrap();
+        assert_eq!(
+            (p.label, p.decision, p.scores.clone()),
+            (1, Decision::Positive, vec![0.25, 0.75])
+        );
+
+        let four = output(
+            Activation::Softmax,
+            &["glioma", "meningioma", "none", "pituitary"],
+            &["glioma", "meningioma", "pituitary"],
+        );
+        let p = Prediction::interpret(&four, &rule, &[0.25, 0.25, 0.375, 0.125], None).unwrap();
+        assert_eq!((p.label, p.decision), (2, Decision::Positive));
+        assert!((p.probability - 0.625).abs() < 1e-9);
+
+        let logit = output(Activation::Logit, &["no", "yes"], &["yes"]);
+        let p = Prediction::interpret(&logit, &rule, &[0.0], None).unwrap();
+        assert!((p.probability - 0.5).abs() < 1e-12);
+        assert!(Prediction::interpret(&logit, &rule, &[0.0, 1.0, 2.0], None).is_err());
+        assert!(Prediction::interpret(&logit, &rule, &[f32::NAN], None).is_err());
+    }
 }

@@ -2,7 +2,12 @@
 //!
 //! The trait speaks raw tensor bytes; what they mean (normalisation, quantization, labels) is decided in safe code above it.
 
-use std::path::Path;
+#[cfg(feature = "litert")]
+mod flatbuffer;
+#[cfg(feature = "litert")]
+mod litert;
+#[cfg(feature = "litert")]
+mod stderr;
 
 /// Element type of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +77,16 @@ pub struct EngineInfo {
     pub threads: usize,
 }
 
+impl std::fmt::Display for EngineInfo {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} {}, {}, {} thread(s)",
+            self.runtime, self.version, self.delegate, self.threads
+        )
+    }
+}
+
 /// A loaded model, ready to run. One instance belongs to one thread.
 pub trait Engine: Send {
     /// The runtime behind it.
@@ -108,10 +123,15 @@ pub enum EngineError {
 }
 
 /// Loads `model` (the bytes of a `.tflite` file) on the engine that this build has, with `threads` threads (at least 1).
+///
+/// A loaded model has exactly one input, and only tensors of fixed shape and of an [`ElementType`].
+#[cfg(feature = "litert")]
 pub fn load(model: &[u8], threads: usize) -> Result<Box<dyn Engine>, EngineError> {
-    let _ = (model, threads);
-    Err(EngineError::NoEngine)
+    Ok(Box::new(litert::load(model, threads)?))
 }
 
-#[allow(dead_code)]
-fn _path(_: &Path) {}
+/// Loads a model on the engine that this build has: there is none.
+#[cfg(not(feature = "litert"))]
+pub fn load(_model: &[u8], _threads: usize) -> Result<Box<dyn Engine>, EngineError> {
+    Err(EngineError::NoEngine)
+}

@@ -6,6 +6,8 @@
 
 pub mod decode;
 pub mod dicom;
+pub mod explain;
+pub mod quality;
 pub mod quantize;
 pub mod resize;
 pub mod roi;

@@ -260,3 +260,194 @@ fn luma([red, green, blue]: [u8; 3]) -> u8 {
     ((9798 * u32::from(red) + 19235 * u32::from(green) + 3735 * u32::from(blue) + (1 << 14)) >> 15)
         as u8
 }
+
+#[cfg(test)]
+mod tests {
+    use image::{GrayImage, Luma, Rgb, RgbImage};
+
+    use super::*;
+
+    fn tensor(
+        picture: &Picture,
+        normalization: Normalization,
+        order: ColorOrder,
+        element: ElementType,
+        quant: Option<QuantParams>,
+    ) -> Vec<u8> {
+        let mut tensor = Vec::new();
+        Quantizer::new(normalization, order, element, quant)
+            .unwrap()
+            .quantize(picture, &mut tensor);
+        tensor
+    }
+
+    fn floats(bytes: &[u8]) -> Vec<f32> {
+        bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|b| f32::from_ne_bytes(*b))
+            .collect()
+    }
+
+    fn orange() -> Picture {
+        Picture::Rgb(RgbImage::from_pixel(1, 1, Rgb([250, 120, 10])))
+    }
+
+    #[test]
+    fn caffe_takes_its_means_in_the_tensor_s_order() {
+        let float = |order| {
+            floats(&tensor(
+                &orange(),
+                Normalization::Caffe,
+                order,
+                ElementType::Float32,
+                None,
+            ))
+        };
+        // The application: red is first and loses the mean meant for blue.
+        assert_eq!(
+            float(ColorOrder::Rgb),
+            [250.0 - 103.939, 120.0 - 116.779, 10.0 - 123.68]
+        );
+        // Keras on pictures loaded as RGB.
+        assert_eq!(
+            float(ColorOrder::Bgr),
+            [10.0 - 103.939, 120.0 - 116.779, 250.0 - 123.68]
+        );
+        assert_eq!(float(ColorOrder::Gray), [146.0 - 116.779]);
+    }
+
+    #[test]
+    fn grey_fills_every_channel() {
+        let gray = Picture::Gray(GrayImage::from_pixel(1, 1, Luma([51])));
+        let float = |order| {
+            floats(&tensor(
+                &gray,
+                Normalization::ZeroOne,
+                order,
+                ElementType::Float32,
+                None,
+            ))
+        };
+        assert_eq!(float(ColorOrder::Rgb), [0.2; 3]);
+        assert_eq!(float(ColorOrder::Bgr), [0.2; 3]);
+        assert_eq!(float(ColorOrder::Gray), [0.2]);
+    }
+
+    #[test]
+    fn levels_beyond_the_range_are_clamped() {
+        let quant = Some(QuantParams {
+            scale: 0.5,
+            zero_point: 10,
+        });
+        let bytes = tensor(
+            &orange(),
+            Normalization::Caffe,
+            ColorOrder::Rgb,
+            ElementType::Int8,
+            quant,
+        );
+        // (250 - 103.939) / 0.5 + 10 = 302; (120 - 116.779) / 0.5 + 10 = 16; (10 - 123.68) / 0.5 + 10 = -217.
+        assert_eq!(bytes, [127, 16, 0x80]);
+        let bytes = tensor(
+            &orange(),
+            Normalization::Caffe,
+            ColorOrder::Rgb,
+            ElementType::UInt8,
+            quant,
+        );
+        assert_eq!(bytes, [255, 16, 0]);
+    }
+
+    #[test]
+    fn an_efficientnet_lite_input_is_the_picture_itself() {
+        let normalization = Normalization::MeanStd {
+            mean: [127.0; 3],
+            std: [128.0; 3],
+        };
+        let quant = Some(QuantParams {
+            scale: 1.0 / 128.0,
+            zero_point: 127,
+        });
+        let quantizer =
+            Quantizer::new(normalization, ColorOrder::Rgb, ElementType::UInt8, quant).unwrap();
+        assert!(matches!(quantizer.table, Table::Identity));
+        assert_eq!(
+            tensor(
+                &orange(),
+                normalization,
+                ColorOrder::Rgb,
+                ElementType::UInt8,
+                quant
+            ),
+            [250, 120, 10]
+        );
+        assert_eq!(
+            tensor(
+                &orange(),
+                normalization,
+                ColorOrder::Bgr,
+                ElementType::UInt8,
+                quant
+            ),
+            [10, 120, 250]
+        );
+    }
+
+    #[test]
+    fn every_level_survives_quantization_within_half_a_step() {
+        for scale in [0.003_921_569, 0.0186, 1.0, 1.0078] {
+            let quant = QuantParams {
+                scale,
+                zero_point: -3,
+            };
+            for normalization in [
+                Normalization::None,
+                Normalization::ZeroOne,
+                Normalization::MinusOneOne,
+            ] {
+                for level in 0..=255u8 {
+                    let picture = Picture::Gray(GrayImage::from_pixel(1, 1, Luma([level])));
+                    let byte = tensor(
+                        &picture,
+                        normalization,
+                        ColorOrder::Gray,
+                        ElementType::Int8,
+                        Some(quant),
+                    )[0];
+                    let real = normalization.apply(f32::from(level), 0, 1);
+                    let back = (f32::from(byte.cast_signed()) + 3.0) * scale;
+                    let clamped = real.clamp(-125.0 * scale, 130.0 * scale);
+                    assert!(
+                        (back - clamped).abs() <= 0.5001 * scale,
+                        "{normalization:?} {scale} {level}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn impossible_parameters_are_refused() {
+        let make = |normalization, element, quant| {
+            Quantizer::new(normalization, ColorOrder::Rgb, element, quant)
+                .unwrap_err()
+                .to_string()
+        };
+        let flat = Normalization::MeanStd {
+            mean: [0.0; 3],
+            std: [1.0, 0.0, 1.0],
+        };
+        assert!(make(flat, ElementType::Float32, None).contains("channel 1"));
+        assert!(
+            make(Normalization::None, ElementType::Int8, None)
+                .contains("no quantization parameters")
+        );
+        let zero = Some(QuantParams {
+            scale: 0.0,
+            zero_point: 0,
+        });
+        assert!(make(Normalization::None, ElementType::Int8, zero).contains("scale"));
+    }
+}

@@ -76,6 +76,8 @@ struct Taps {
     index: Vec<u32>,
     /// Cubic weights, 4 per destination element.
     cubic: Vec<[f32; 4]>,
+    /// Where the four taps begin in a row that is padded as [`cubic`] does it.
+    first: Vec<u32>,
     /// Linear weights in 1/2048, 2 per destination element.
     linear: Vec<[i32; 2]>,
     /// Area weights: destination index, source index, weight, in the order of the destination.
@@ -305,6 +307,7 @@ impl Taps {
     fn prepare(&mut self, from: usize, to: usize, stride: usize, filter: ResizeFilter) {
         self.index.clear();
         self.cubic.clear();
+        self.first.clear();
         self.linear.clear();
         self.area.clear();
         let inverse = to as f64 / from as f64;
@@ -320,7 +323,10 @@ impl Taps {
                     let position = (i as f64 + 0.5) * scale - 0.5;
                     let first = position.floor();
                     self.cubic.push(cubic_weights(position - first));
-                    self.index.extend((-1..3).map(|tap| at(first as i64 + tap)));
+                    let first = first as i64;
+                    self.first
+                        .push(((first - 1 + PAD_LEFT as i64) as usize * stride) as u32);
+                    self.index.extend((-1..3).map(|tap| at(first + tap)));
                 }
             }
             ResizeFilter::Linear | ResizeFilter::Area => {
@@ -410,41 +416,61 @@ fn nearest(source: &Source, mut target: Target, plan: &Plan) {
     }
 }
 
-/// Rows first, over all source columns (one pass over contiguous bytes that vectorises), then columns.
-fn cubic(source: &Source, mut target: Target, plan: &Plan, blended: &mut Vec<f32>) {
-    blended.clear();
-    blended.resize(source.width * source.channels, 0.0);
+/// Rows first, over all source columns (one pass over contiguous bytes, which vectorises), then columns.
+///
+/// The blended row repeats its first pixel on the left and its last on the right, so that the four taps of a column
+/// always lie side by side.
+fn cubic(source: &Source, mut target: Target, plan: &Plan, buffer: &mut Vec<f32>) {
+    let channels = source.channels;
+    let length = source.width * channels;
+    let (left, right) = (PAD_LEFT * channels, PAD_RIGHT * channels);
+    buffer.clear();
+    buffer.resize(left + length + right + target.width * channels, 0.0);
+    let (blended, sums) = buffer.split_at_mut(left + length + right);
     for y in 0..target.height {
-        let [a, b, c, d] =
+        let weights = plan.rows.cubic[y];
+        let rows: [&[u8]; 4] =
             std::array::from_fn(|tap| source.row(plan.rows.index[4 * y + tap] as usize));
-        let w = plan.rows.cubic[y];
-        for ((((sum, a), b), c), d) in blended.iter_mut().zip(a).zip(b).zip(c).zip(d) {
-            *sum = f32::from(*a) * w[0]
-                + f32::from(*b) * w[1]
-                + f32::from(*c) * w[2]
-                + f32::from(*d) * w[3];
+        let pixels = rows[0].iter().zip(rows[1]).zip(rows[2]).zip(rows[3]);
+        for (sum, (((&p0, &p1), &p2), &p3)) in blended[left..left + length].iter_mut().zip(pixels) {
+            *sum = (f32::from(p0) * weights[0] + f32::from(p1) * weights[1])
+                + (f32::from(p2) * weights[2] + f32::from(p3) * weights[3]);
         }
-        let row = target.row(y);
-        match source.channels {
-            1 => cubic_columns::<1>(blended, row, &plan.columns),
-            _ => cubic_columns::<3>(blended, row, &plan.columns),
+        for pixel in 0..PAD_LEFT {
+            blended.copy_within(left..left + channels, pixel * channels);
         }
+        for pixel in 0..PAD_RIGHT {
+            blended.copy_within(
+                left + length - channels..left + length,
+                left + length + pixel * channels,
+            );
+        }
+        match channels {
+            1 => cubic_columns::<1, 4>(blended, sums, &plan.columns),
+            _ => cubic_columns::<3, 12>(blended, sums, &plan.columns),
+        }
+        write_levels(target.row(y), sums);
     }
 }
 
-fn cubic_columns<const CHANNELS: usize>(blended: &[f32], row: &mut [u8], taps: &Taps) {
-    let pixels = row.as_chunks_mut::<CHANNELS>().0;
-    for ((pixel, w), at) in pixels
-        .iter_mut()
-        .zip(&taps.cubic)
-        .zip(taps.index.as_chunks::<4>().0)
-    {
-        let parts: [&[f32]; 4] =
-            std::array::from_fn(|tap| &blended[at[tap] as usize..][..CHANNELS]);
+/// How many pixels of padding the taps can reach into: the first tap lies at most 2 before, the last 2 behind.
+const PAD_LEFT: usize = 2;
+const PAD_RIGHT: usize = 2;
+
+/// `WINDOW` is four pixels of `CHANNELS`.
+fn cubic_columns<const CHANNELS: usize, const WINDOW: usize>(
+    blended: &[f32],
+    sums: &mut [f32],
+    taps: &Taps,
+) {
+    let pixels = sums.as_chunks_mut::<CHANNELS>().0;
+    for ((pixel, w), &first) in pixels.iter_mut().zip(&taps.cubic).zip(&taps.first) {
+        let Some(part) = blended[first as usize..].first_chunk::<WINDOW>() else {
+            continue;
+        };
         *pixel = std::array::from_fn(|c| {
-            to_level(
-                parts[0][c] * w[0] + parts[1][c] * w[1] + parts[2][c] * w[2] + parts[3][c] * w[3],
-            )
+            (part[c] * w[0] + part[CHANNELS + c] * w[1])
+                + (part[2 * CHANNELS + c] * w[2] + part[3 * CHANNELS + c] * w[3])
         });
     }
 }
@@ -567,5 +593,149 @@ fn area(source: &Source, mut target: Target, plan: &Plan, buffers: &mut Vec<f32>
 fn write_levels(row: &mut [u8], sums: &[f32]) {
     for (level, &sum) in row.iter_mut().zip(sums) {
         *level = to_level(sum);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use image::Luma;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const FILTERS: [ResizeFilter; 4] = [
+        ResizeFilter::Nearest,
+        ResizeFilter::Linear,
+        ResizeFilter::Cubic,
+        ResizeFilter::Area,
+    ];
+
+    fn texture(width: u32, height: u32) -> Picture {
+        Picture::Gray(GrayImage::from_fn(width, height, |x, y| {
+            Luma([(x * 31 + y * 17 + x * y) as u8])
+        }))
+    }
+
+    fn levels(picture: &Picture) -> &[u8] {
+        match picture {
+            Picture::Gray(image) => image.as_raw(),
+            Picture::Rgb(image) => image.as_raw(),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn colour_is_three_times_grey(
+            (width, height) in (1..60u32, 1..60u32),
+            (to_width, to_height) in (1..60u32, 1..60u32),
+            keep_aspect in any::<bool>(),
+        ) {
+            let gray = texture(width, height);
+            let rgb = Picture::Rgb(RgbImage::from_fn(width, height, |x, y| {
+                let Picture::Gray(image) = &gray else { unreachable!() };
+                image::Rgb([image.get_pixel(x, y).0[0]; 3])
+            }));
+            let whole = Roi { x: 0, y: 0, width, height };
+            for filter in FILTERS {
+                let spec = ResizeSpec { width: to_width, height: to_height, filter, keep_aspect };
+                let one = Resizer::new(spec).resize(&gray, whole).clone();
+                let three = Resizer::new(spec).resize(&rgb, whole).clone();
+                let tripled: Vec<u8> = levels(&one).iter().flat_map(|&level| [level; 3]).collect();
+                prop_assert_eq!(levels(&three), tripled.as_slice());
+            }
+        }
+
+        #[test]
+        fn a_flat_picture_stays_flat_and_any_rectangle_is_cut_to_the_picture(
+            (level, width, height) in (any::<u8>(), 1..40u32, 1..40u32),
+            (x, y, roi_width, roi_height) in (0..60u32, 0..60u32, 0..60u32, 0..60u32),
+        ) {
+            let flat = Picture::Gray(GrayImage::from_pixel(width, height, Luma([level])));
+            let roi = Roi { x, y, width: roi_width, height: roi_height };
+            for filter in FILTERS {
+                let spec = ResizeSpec { width: 23, height: 31, filter, keep_aspect: false };
+                prop_assert!(levels(Resizer::new(spec).resize(&flat, roi)).iter().all(|&l| l.abs_diff(level) <= 1));
+            }
+        }
+    }
+
+    #[test]
+    fn the_same_size_is_a_copy() {
+        let picture = texture(40, 30);
+        for filter in FILTERS {
+            let spec = ResizeSpec {
+                width: 40,
+                height: 30,
+                filter,
+                keep_aspect: true,
+            };
+            assert_eq!(
+                Resizer::new(spec).resize(
+                    &picture,
+                    Roi {
+                        x: 0,
+                        y: 0,
+                        width: 40,
+                        height: 30
+                    }
+                ),
+                &picture
+            );
+        }
+    }
+
+    #[test]
+    fn a_kept_aspect_is_centred_on_black() {
+        let white = Picture::Gray(GrayImage::from_pixel(100, 50, Luma([255])));
+        let spec = ResizeSpec {
+            width: 41,
+            height: 40,
+            filter: ResizeFilter::Cubic,
+            keep_aspect: true,
+        };
+        let mut resizer = Resizer::new(spec);
+        let Picture::Gray(image) = resizer.resize(
+            &white,
+            Roi {
+                x: 0,
+                y: 0,
+                width: 100,
+                height: 50,
+            },
+        ) else {
+            unreachable!()
+        };
+        let rows: Vec<u8> = (0..40).map(|y| image.get_pixel(20, y).0[0]).collect();
+        assert!(
+            rows[..9].iter().chain(&rows[30..]).all(|&l| l == 0),
+            "{rows:?}"
+        );
+        assert!(rows[9..30].iter().all(|&l| l == 255), "{rows:?}");
+    }
+
+    #[test]
+    fn a_reused_resizer_forgets_the_picture_before() {
+        for filter in FILTERS {
+            let spec = ResizeSpec {
+                width: 24,
+                height: 20,
+                filter,
+                keep_aspect: true,
+            };
+            let mut reused = Resizer::new(spec);
+            for (width, height) in [(50, 40), (40, 50), (7, 3), (24, 20), (48, 40), (50, 40)] {
+                let picture = texture(width, height);
+                let whole = Roi {
+                    x: 0,
+                    y: 0,
+                    width,
+                    height,
+                };
+                assert_eq!(
+                    reused.resize(&picture, whole),
+                    Resizer::new(spec).resize(&picture, whole)
+                );
+            }
+        }
     }
 }

@@ -216,6 +216,23 @@ impl RoiFinder {
         })
     }
 
+    /// How much of the picture's four corner blocks, each an eighth of the width and height (at least a pixel), is in the
+    /// mask of the last [`find`](Self::find); 0 to 1.
+    pub fn corner_share(&self) -> f32 {
+        let (width, height) = (self.mask.width, self.mask.height);
+        if width == 0 || height == 0 {
+            return 0.0;
+        }
+        let (across, down) = ((width / 8).max(1), (height / 8).max(1));
+        let mut set = 0;
+        for y in (0..down).chain(height - down..height) {
+            for x in (0..across).chain(width - across..width) {
+                set += u32::from(self.mask.get(i64::from(x), i64::from(y)));
+            }
+        }
+        set as f32 / (4 * across * down) as f32
+    }
+
     /// Traces what can be the largest component; its points go to `self.contour`.
     fn largest_contour(&mut self) -> Option<(f64, Roi)> {
         self.components.collect(&self.mask);
@@ -312,28 +329,19 @@ fn threshold_blurred(
     };
     for y in 0..height {
         let at = y as i64;
-        let (a, b, c, d, e) = (row(at - 2), row(at - 1), row(at), row(at + 1), row(at + 2));
-        let inner = &mut columns[2..width + 2];
-        for (x, sum) in inner.iter_mut().enumerate() {
-            *sum = u16::from(a[x])
-                + u16::from(e[x])
-                + 4 * (u16::from(b[x]) + u16::from(d[x]))
-                + 6 * u16::from(c[x]);
+        let rows = [row(at - 2), row(at - 1), row(at), row(at + 1), row(at + 2)];
+        for (x, sum) in columns[2..width + 2].iter_mut().enumerate() {
+            let level = |tap: usize| u16::from(rows[tap][x]);
+            *sum = level(0) + level(4) + 4 * (level(1) + level(3)) + 6 * level(2);
         }
         for side in [-2, -1] {
             columns[(side + 2) as usize] = columns[2 + reflect(side, width)];
             let right = width as i64 - 1 - side;
             columns[(right + 2) as usize] = columns[2 + reflect(right, width)];
         }
-        let (a, b, c, d, e) = (
-            &columns[..width],
-            &columns[1..=width],
-            &columns[2..width + 2],
-            &columns[3..width + 3],
-            &columns[4..],
-        );
+        let taps: [&[u16]; 5] = std::array::from_fn(|tap| &columns[tap..tap + width]);
         for (x, bit) in above[..width].iter_mut().enumerate() {
-            let sum = a[x] + e[x] + 4 * (b[x] + d[x]) + 6 * c[x];
+            let sum = taps[0][x] + taps[4][x] + 4 * (taps[1][x] + taps[3][x]) + 6 * taps[2][x];
             *bit = u8::from(sum >= least);
         }
         pack(above, mask.row_mut(y));
@@ -658,5 +666,212 @@ fn trace(mask: &BitMask, first: (u32, u32), corners: &mut Vec<Point>) -> i64 {
         }
         here = next;
         direction = (direction + 4) % 8;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use image::{GrayImage, Luma};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn mask_of(width: u32, height: u32, set: &[bool]) -> BitMask {
+        let mut mask = BitMask::default();
+        mask.reset(width, height);
+        for (i, _) in set.iter().enumerate().filter(|(_, set)| **set) {
+            let (x, y) = (i % width as usize, i / width as usize);
+            mask.row_mut(y)[x / 64] |= 1 << (x % 64);
+        }
+        mask
+    }
+
+    fn pixels(mask: &BitMask) -> Vec<bool> {
+        let (width, height) = (i64::from(mask.width), i64::from(mask.height));
+        (0..height)
+            .flat_map(|y| (0..width).map(move |x| (x, y)))
+            .map(|(x, y)| mask.get(x, y))
+            .collect()
+    }
+
+    /// The 3x3 neighbours of pixel `i` that lie in the picture.
+    fn neighbours(width: u32, height: u32, i: usize) -> impl Iterator<Item = usize> {
+        let (width, height) = (i64::from(width), i64::from(height));
+        let (x, y) = (i as i64 % width, i as i64 / width);
+        (-1..=1)
+            .flat_map(|dy| (-1..=1).map(move |dx| (dx, dy)))
+            .map(move |(dx, dy)| (x + dx, y + dy))
+            .filter(move |&(x, y)| (0..width).contains(&x) && (0..height).contains(&y))
+            .map(move |(x, y)| (y * width + x) as usize)
+    }
+
+    /// A mask of up to 150 x 24 pixels, from sparse to dense.
+    fn masks() -> impl Strategy<Value = (u32, u32, Vec<bool>)> {
+        (1..150u32, 1..24u32, 0.02..0.98f64).prop_flat_map(|(width, height, density)| {
+            let pixel = proptest::bool::weighted(density);
+            (
+                Just(width),
+                Just(height),
+                proptest::collection::vec(pixel, (width * height) as usize),
+            )
+        })
+    }
+
+    /// The largest component by flood fill, its holes and everything in them filled, with its polygon's area from counting
+    /// 2x2 blocks: 1 for four set pixels, a half for three. Independent of any border following.
+    fn largest_by_blocks(width: u32, height: u32, set: &[bool]) -> Option<(f64, (u32, u32))> {
+        let (columns, rows) = (width as usize, height as usize);
+        let mut seen = vec![false; set.len()];
+        let mut best: Option<(f64, (u32, u32))> = None;
+        for start in 0..set.len() {
+            if !set[start] || seen[start] {
+                continue;
+            }
+            let mut inside = vec![false; set.len()];
+            let mut open = vec![start];
+            while let Some(i) = open.pop() {
+                if std::mem::replace(&mut inside[i], true) {
+                    continue;
+                }
+                seen[i] = true;
+                open.extend(neighbours(width, height, i).filter(|&n| set[n] && !inside[n]));
+            }
+            // What the component keeps from the edge, going up, down, left and right, is within it.
+            let mut outside = vec![false; (columns + 2) * (rows + 2)];
+            let mut open = vec![0];
+            while let Some(i) = open.pop() {
+                let (x, y) = (i % (columns + 2), i / (columns + 2));
+                let is_set = (1..=columns).contains(&x)
+                    && (1..=rows).contains(&y)
+                    && inside[(y - 1) * columns + x - 1];
+                if is_set || std::mem::replace(&mut outside[i], true) {
+                    continue;
+                }
+                let steps = [(x > 0, i.wrapping_sub(1)), (x <= columns, i + 1)];
+                let rises = [
+                    (y > 0, i.wrapping_sub(columns + 2)),
+                    (y <= rows, i + columns + 2),
+                ];
+                open.extend(
+                    steps
+                        .into_iter()
+                        .chain(rises)
+                        .filter(|(fits, _)| *fits)
+                        .map(|(_, n)| n),
+                );
+            }
+            let filled = |x: usize, y: usize| u32::from(!outside[(y + 1) * (columns + 2) + x + 1]);
+            let mut area = 0.0;
+            for y in 1..rows {
+                for x in 1..columns {
+                    area += match filled(x - 1, y - 1)
+                        + filled(x, y - 1)
+                        + filled(x - 1, y)
+                        + filled(x, y)
+                    {
+                        4 => 1.0,
+                        3 => 0.5,
+                        _ => 0.0,
+                    };
+                }
+            }
+            let first = ((start / columns) as u32, (start % columns) as u32);
+            if best.is_none_or(|best| (area, first) > best) {
+                best = Some((area, first));
+            }
+        }
+        best
+    }
+
+    proptest! {
+        #[test]
+        fn erosion_and_dilation_are_minimum_and_maximum((width, height, set) in masks()) {
+            let mask = mask_of(width, height, &set);
+            let mut out = BitMask::default();
+            mask.erode_into(&mut out);
+            let wanted: Vec<bool> = (0..set.len()).map(|i| neighbours(width, height, i).all(|n| set[n])).collect();
+            prop_assert_eq!(pixels(&out), wanted);
+            mask.dilate_into(&mut out);
+            let wanted: Vec<bool> = (0..set.len()).map(|i| neighbours(width, height, i).any(|n| set[n])).collect();
+            prop_assert_eq!(pixels(&out), wanted);
+            prop_assert!(out.bits.chunks(out.words).all(|row| row[out.words - 1] & !out.last_word() == 0));
+        }
+
+        #[test]
+        fn the_largest_contour_is_the_largest((width, height, set) in masks()) {
+            let mut finder = RoiFinder::new(CropSpec::default());
+            finder.mask = mask_of(width, height, &set);
+            let found = finder.largest_contour();
+            let wanted = largest_by_blocks(width, height, &set);
+            prop_assert_eq!(found.map(|(area, _)| area), wanted.map(|(area, _)| area));
+            if let Some((_, (y, x))) = wanted {
+                prop_assert_eq!(finder.contour()[0], (x, y));
+            }
+        }
+
+        #[test]
+        fn any_picture_and_any_spec_give_a_rectangle_inside_or_a_reason(
+            (width, height, seed) in (1..90u32, 1..90u32, any::<u32>()),
+            (threshold, erode, dilate, margin) in (any::<u8>(), any::<u32>(), any::<u32>(), any::<i32>()),
+            small in any::<bool>(),
+        ) {
+            let (erode, dilate, margin) = if small { (erode % 4, dilate % 4, margin % 20) } else { (erode, dilate, margin) };
+            let mut state = seed;
+            let noise = GrayImage::from_fn(width, height, |_, _| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                Luma([(state >> 24) as u8])
+            });
+            let mut finder = RoiFinder::new(CropSpec { threshold, erode, dilate, margin });
+            if let Ok(BrainContour { roi, .. }) = finder.find(&Picture::Gray(noise)) {
+                prop_assert!(roi.width > 0 && roi.height > 0);
+                prop_assert!(roi.x + roi.width <= width && roi.y + roi.height <= height);
+            }
+        }
+    }
+
+    #[test]
+    fn mirrored_borders_do_not_repeat_the_edge() {
+        let at = |length| {
+            (-4..length as i64 + 4)
+                .map(|i| reflect(i, length))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(at(4), [2, 3, 2, 1, 0, 1, 2, 3, 2, 1, 0, 1]);
+        assert_eq!(at(2), [0, 1, 0, 1, 0, 1, 0, 1, 0, 1]);
+        assert_eq!(at(1), [0; 9]);
+    }
+
+    #[test]
+    fn small_and_black_pictures_are_rejected() {
+        let code = |width, height| {
+            let picture = Picture::Gray(GrayImage::new(width, height));
+            RoiFinder::new(CropSpec::default())
+                .find(&picture)
+                .unwrap_err()
+                .code
+        };
+        assert_eq!(code(15, 400), RejectCode::TooSmall);
+        assert_eq!(code(0, 0), RejectCode::TooSmall);
+        assert_eq!(code(16, 16), RejectCode::Blank);
+    }
+
+    #[test]
+    fn a_reused_finder_forgets_the_picture_before() {
+        let disc = |side: u32, center: i64| {
+            Picture::Gray(GrayImage::from_fn(side, side, |x, y| {
+                let inside = (i64::from(x) - center).pow(2) + (i64::from(y) - center).pow(2) < 400;
+                Luma([if inside { 200 } else { 0 }])
+            }))
+        };
+        let mut reused = RoiFinder::new(CropSpec::default());
+        for (side, center) in [(130, 100), (64, 30), (201, 60), (64, 30)] {
+            let picture = disc(side, center);
+            let fresh = RoiFinder::new(CropSpec::default()).find(&picture).unwrap();
+            assert_eq!(reused.find(&picture).unwrap(), fresh);
+        }
+        assert_eq!(
+            reused.find(&disc(64, 200)).unwrap_err().code,
+            RejectCode::Blank
+        );
     }
 }

@@ -1,0 +1,360 @@
+//! A model bundle, checked and made ready to run: the manifest, the engine and the imaging stages in one.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::engine::{self, ElementType, Engine, EngineInfo, TensorSpec};
+use crate::imaging::Picture;
+use crate::imaging::decode::{Limits, Source};
+use crate::imaging::quantize::{ColorOrder, Normalization, Quantizer};
+use crate::imaging::resize::{ResizeFilter, ResizeSpec, Resizer};
+use crate::imaging::roi::{CropSpec, RoiFinder};
+use crate::manifest::{self, Manifest};
+use crate::message::{ModelRef, millis};
+use crate::prediction::{Classified, Heatmap, Prediction, RejectCode, RejectReason, Roi, Timings};
+use crate::scan::{hex, sha256};
+
+/// Name of the manifest inside a bundle.
+const MANIFEST: &str = "manifest.toml";
+
+/// Largest manifest, in bytes.
+const MAX_MANIFEST: u64 = 1 << 20;
+
+/// Largest model file, in bytes: VGG16 as float32 is 550 MB.
+const MAX_MODEL: u64 = 1 << 30;
+
+/// Largest scores or heatmap tensor, in elements.
+const MAX_OUTPUT: usize = 1 << 20;
+
+/// Why a bundle is refused: every problem found, one line each.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{}", .0.join("\n"))]
+pub struct BundleError(pub Vec<String>);
+
+/// A model bundle as read from the disk: the manifest is valid and the model file is the one that it names.
+#[derive(Debug)]
+pub struct Bundle {
+    dir: PathBuf,
+    /// The manifest.
+    pub manifest: Manifest,
+    /// Name, version and hash, as every result carries them.
+    pub model_ref: Arc<ModelRef>,
+    model: Vec<u8>,
+}
+
+impl Bundle {
+    /// Reads `dir`: the manifest, then the model, whose SHA-256 must be the manifest's.
+    pub fn read(dir: &Path) -> Result<Self, BundleError> {
+        let fail = |line: String| BundleError(vec![line]);
+        let text = read_bounded(&dir.join(MANIFEST), MAX_MANIFEST)
+            .map_err(|e| fail(format!("model.bundle: {}: {MANIFEST} cannot be read ({e}); give the folder of a model bundle", dir.display())))?;
+        let text = String::from_utf8(text)
+            .map_err(|_| fail(format!("{MANIFEST}: is not UTF-8 text; write it again")))?;
+        let manifest = Manifest::parse(&text).map_err(BundleError)?;
+        let model = read_bounded(&dir.join(&manifest.file), MAX_MODEL).map_err(|e| {
+            fail(format!(
+                "model.bundle: {} cannot be read ({e}); install the bundle again",
+                manifest.file
+            ))
+        })?;
+        let found = hex(&sha256(&model));
+        if found != manifest.sha256 {
+            return Err(fail(format!(
+                "model.bundle: {} has SHA-256 {found}, the manifest says {}; install the bundle again",
+                manifest.file, manifest.sha256
+            )));
+        }
+        let model_ref = ModelRef {
+            name: manifest.name.clone(),
+            version: manifest.version.clone(),
+            sha256: found,
+        };
+        Ok(Self {
+            dir: dir.to_owned(),
+            manifest,
+            model_ref: Arc::new(model_ref),
+            model,
+        })
+    }
+}
+
+fn read_bounded(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
+    use std::io::Read as _;
+    let file = std::fs::File::open(path)?;
+    if file.metadata()?.len() > limit {
+        return Err(std::io::Error::other(format!("larger than {limit} bytes")));
+    }
+    let mut bytes = Vec::new();
+    file.take(limit).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// A model ready to run, with all its buffers. One a worker thread.
+pub struct Classifier {
+    bundle: Arc<Bundle>,
+    engine: Box<dyn Engine>,
+    finder: Option<RoiFinder>,
+    resizer: Resizer,
+    quantizer: Quantizer,
+    tensor: Vec<u8>,
+    outputs: Vec<Vec<u8>>,
+}
+
+impl Classifier {
+    /// Loads the bundle's model with `threads` threads and checks that its tensors are what the manifest says.
+    pub fn new(bundle: Arc<Bundle>, threads: usize) -> Result<Self, BundleError> {
+        let engine = engine::load(&bundle.model, threads)
+            .map_err(|e| BundleError(vec![format!("model.bundle: {e}; install another bundle")]))?;
+        let manifest = &bundle.manifest;
+        let problems = tensor_problems(manifest, engine.inputs(), engine.outputs());
+        if !problems.is_empty() {
+            return Err(BundleError(problems));
+        }
+        let crop = &manifest.preprocess.crop;
+        let finder = (crop.method == manifest::CropMethod::BrainContour).then(|| {
+            RoiFinder::new(CropSpec {
+                threshold: crop.threshold,
+                erode: crop.erode,
+                dilate: crop.dilate,
+                margin: crop.margin,
+            })
+        });
+        let resize = &manifest.preprocess.resize;
+        let resizer = Resizer::new(ResizeSpec {
+            width: manifest.input.width,
+            height: manifest.input.height,
+            filter: match resize.filter {
+                manifest::Filter::Nearest => ResizeFilter::Nearest,
+                manifest::Filter::Linear => ResizeFilter::Linear,
+                manifest::Filter::Cubic => ResizeFilter::Cubic,
+                manifest::Filter::Area => ResizeFilter::Area,
+            },
+            keep_aspect: resize.keep_aspect,
+        });
+        let normalize = &manifest.preprocess.normalize;
+        let normalization = match normalize.mode {
+            manifest::NormalizeMode::None => Normalization::None,
+            manifest::NormalizeMode::ZeroOne => Normalization::ZeroOne,
+            manifest::NormalizeMode::MinusOneOne => Normalization::MinusOneOne,
+            manifest::NormalizeMode::Caffe => Normalization::Caffe,
+            manifest::NormalizeMode::MeanStd => Normalization::MeanStd {
+                mean: normalize.mean,
+                std: normalize.std,
+            },
+        };
+        let order = match manifest.input.color_order {
+            manifest::ColorOrder::Rgb => ColorOrder::Rgb,
+            manifest::ColorOrder::Bgr => ColorOrder::Bgr,
+            manifest::ColorOrder::Gray => ColorOrder::Gray,
+        };
+        let input = &engine.inputs()[0];
+        let quantizer = Quantizer::new(normalization, order, input.element, input.quant)
+            .map_err(|e| BundleError(vec![format!("model.bundle: {e}; correct the manifest")]))?;
+        Ok(Self {
+            bundle,
+            engine,
+            finder,
+            resizer,
+            quantizer,
+            tensor: Vec::new(),
+            outputs: Vec::new(),
+        })
+    }
+
+    /// Runs the bundle's golden images, which must give their recorded probabilities within the manifest's tolerance.
+    pub fn verify_golden(&mut self) -> Result<(), BundleError> {
+        let bundle = self.bundle.clone();
+        let golden = &bundle.manifest.golden;
+        let limits = Limits::default();
+        let mut problems = Vec::new();
+        for image in &golden.image {
+            let outcome = read_bounded(&bundle.dir.join(&image.file), limits.file_bytes)
+                .map_err(|e| e.to_string())
+                .and_then(|bytes| {
+                    let picture = Source::open(&bytes, &limits)
+                        .and_then(|mut s| s.frame(0))
+                        .map_err(|e| e.message)?;
+                    self.classify(&picture).map_err(|e| e.message)
+                });
+            match outcome {
+                Ok(found) if (found.prediction.probability - image.probability).abs() <= golden.tolerance => {}
+                Ok(found) => problems.push(format!(
+                    "model.bundle: golden image {} gives {:.4}, recorded {:.4} with tolerance {}; the model does not work as it should here",
+                    image.file, found.prediction.probability, image.probability, golden.tolerance
+                )),
+                Err(error) => problems.push(format!("model.bundle: golden image {}: {error}; install the bundle again", image.file)),
+            }
+        }
+        if problems.is_empty() {
+            Ok(())
+        } else {
+            Err(BundleError(problems))
+        }
+    }
+
+    /// The bundle behind this.
+    pub fn bundle(&self) -> &Arc<Bundle> {
+        &self.bundle
+    }
+
+    /// The runtime behind this.
+    pub fn engine_info(&self) -> &EngineInfo {
+        self.engine.info()
+    }
+
+    /// The part of `picture` that the model would see.
+    pub fn roi(&mut self, picture: &Picture) -> Result<Roi, RejectReason> {
+        match &mut self.finder {
+            Some(finder) => Ok(finder.find(picture)?.roi),
+            None => Ok(Roi {
+                x: 0,
+                y: 0,
+                width: picture.width(),
+                height: picture.height(),
+            }),
+        }
+    }
+
+    /// Crop, resize, quantize, run, interpret.
+    pub fn classify(&mut self, picture: &Picture) -> Result<Classified, RejectReason> {
+        let start = Instant::now();
+        let roi = self.roi(picture)?;
+        let roi_done = Instant::now();
+        let resized = self.resizer.resize(picture, roi);
+        self.quantizer.quantize(resized, &mut self.tensor);
+        let resize_done = Instant::now();
+        let failed = |e: String| RejectReason::new(RejectCode::InferenceFailed, e);
+        self.engine
+            .run(&self.tensor, &mut self.outputs)
+            .map_err(|e| failed(e.to_string()))?;
+        let manifest = &self.bundle.manifest;
+        let specs = self.engine.outputs();
+        let values = real_values(
+            &specs[manifest.output.index],
+            &self.outputs[manifest.output.index],
+        );
+        let heatmap = manifest.output.heatmap.map(|h| {
+            let (height, width) =
+                map_size(&specs[h.index]).expect("checked when the model was loaded");
+            Heatmap {
+                width,
+                height,
+                cells: real_values(&specs[h.index], &self.outputs[h.index]),
+            }
+        });
+        let prediction =
+            Prediction::interpret(&manifest.output, &manifest.decision, &values, heatmap)
+                .map_err(failed)?;
+        let infer_done = Instant::now();
+        let timings = Timings {
+            roi: millis(roi_done - start),
+            resize: millis(resize_done - roi_done),
+            infer: millis(infer_done - resize_done),
+            ..Timings::default()
+        };
+        Ok(Classified {
+            prediction,
+            roi,
+            quality: Vec::new(),
+            timings,
+        })
+    }
+
+    /// What the model sees of `picture`: cropped and resized, before normalisation.
+    pub fn preprocess(&mut self, picture: &Picture) -> Result<(Roi, Picture), RejectReason> {
+        let roi = self.roi(picture)?;
+        Ok((roi, self.resizer.resize(picture, roi).clone()))
+    }
+}
+
+/// Real values of a tensor's bytes: `(q - zero_point) * scale`, or the floats themselves.
+fn real_values(spec: &TensorSpec, bytes: &[u8]) -> Vec<f32> {
+    let (scale, zero) = spec
+        .quant
+        .map_or((1.0, 0.0), |q| (q.scale, q.zero_point as f32));
+    match spec.element {
+        ElementType::UInt8 => bytes
+            .iter()
+            .map(|&b| (f32::from(b) - zero) * scale)
+            .collect(),
+        ElementType::Int8 => bytes
+            .iter()
+            .map(|&b| (f32::from(b.cast_signed()) - zero) * scale)
+            .collect(),
+        ElementType::Float32 => bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|b| f32::from_ne_bytes(*b))
+            .collect(),
+    }
+}
+
+/// Height and width of a heatmap tensor: `[1, h, w]` or `[1, h, w, 1]`.
+fn map_size(spec: &TensorSpec) -> Option<(usize, usize)> {
+    match spec.shape[..] {
+        [1, height, width] | [1, height, width, 1] => Some((height, width)),
+        _ => None,
+    }
+}
+
+fn tensor_problems(
+    manifest: &Manifest,
+    inputs: &[TensorSpec],
+    outputs: &[TensorSpec],
+) -> Vec<String> {
+    let mut problems = Vec::new();
+    let (width, height) = (
+        manifest.input.width as usize,
+        manifest.input.height as usize,
+    );
+    let channels = if manifest.input.color_order == manifest::ColorOrder::Gray {
+        1
+    } else {
+        3
+    };
+    match inputs {
+        [input] if input.shape == [1, height, width, channels] => {}
+        [input] => problems.push(format!(
+            "model.bundle: the model's input is {:?}, the manifest says {:?}; correct [input]",
+            input.shape,
+            [1, height, width, channels]
+        )),
+        _ => problems.push(format!(
+            "model.bundle: the model has {} inputs; only models with one image input can be used",
+            inputs.len()
+        )),
+    }
+    let output = &manifest.output;
+    match outputs.get(output.index) {
+        None => problems.push(format!(
+            "model.bundle: output.index is {}, the model has {} outputs; correct [output]",
+            output.index,
+            outputs.len()
+        )),
+        Some(spec) => {
+            let elements = spec.elements();
+            if elements != output.labels.len() && !(elements == 1 && output.labels.len() == 2) {
+                problems.push(format!("model.bundle: the model gives {elements} scores for {} labels; correct output.labels", output.labels.len()));
+            }
+        }
+    }
+    if let Some(heatmap) = output.heatmap {
+        match outputs.get(heatmap.index) {
+            None => problems.push(format!(
+                "model.bundle: output.heatmap.index is {}, the model has {} outputs; correct it",
+                heatmap.index,
+                outputs.len()
+            )),
+            Some(spec) if map_size(spec).is_none() || spec.elements() > MAX_OUTPUT => {
+                problems.push(format!(
+                    "model.bundle: the heatmap output is {:?}; expected [1, height, width, 1]",
+                    spec.shape
+                ));
+            }
+            Some(_) => {}
+        }
+    }
+    problems
+}

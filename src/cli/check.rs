@@ -1,0 +1,90 @@
+//! `check`: everything that can be wrong before the daemon runs, in one list.
+
+use std::path::Path;
+use std::time::Duration;
+
+use clap::Args;
+
+use super::{Failure, Global, runtime};
+use crate::config::Config;
+use crate::daemon;
+use crate::mqtt::{Event, Session};
+use crate::store::{DATABASE, Ledger};
+
+#[derive(Debug, Args)]
+pub(super) struct CheckArgs {
+    /// Do not connect to the broker
+    #[arg(long)]
+    offline: bool,
+}
+
+pub(super) fn check(global: &Global, args: &CheckArgs) -> Result<(), Failure> {
+    let config = global.load()?;
+    let mut problems = Vec::new();
+    folder_problem(&config, &mut problems);
+    state_problem(&config.state.dir, &mut problems);
+    if !args.offline {
+        // A setting that cannot be used is reported by `prepare` below.
+        if let Ok(settings) = daemon::settings(&config) {
+            let patience = Duration::from_secs(config.mqtt.connect_timeout_s);
+            let broker = settings.broker();
+            let settings =
+                settings.with_client_id(format!("scansentry-check-{}", std::process::id()));
+            let reached = runtime()?.block_on(async {
+                let mut session = Session::open(&settings);
+                let first = tokio::time::timeout(patience, session.next()).await;
+                if matches!(first, Ok(Event::Connected)) {
+                    session.close(Duration::from_secs(1)).await;
+                }
+                first
+            });
+            match reached {
+                Ok(Event::Lost(reason)) => problems.push(format!("mqtt.url: {broker} does not accept us ({reason}); check address, login and certificates")),
+                Err(_) => problems.push(format!("mqtt.url: {broker} does not answer in {} s; check address and network", patience.as_secs())),
+                Ok(_) => {}
+            }
+        }
+    }
+    match daemon::prepare(config) {
+        Err(more) => problems.extend(more),
+        Ok(prepared) if problems.is_empty() => {
+            println!("ok: {}", prepared.describe());
+            return Ok(());
+        }
+        Ok(_) => {}
+    }
+    Err(Failure::Configuration(problems))
+}
+
+fn folder_problem(config: &Config, problems: &mut Vec<String>) {
+    let folder = &config.watch.folder;
+    if let Err(error) = std::fs::read_dir(folder) {
+        problems.push(format!(
+            "watch.folder: {} cannot be read ({error}); mount it or correct the path",
+            folder.display()
+        ));
+    }
+}
+
+/// The state directory may be missing (it is made at first start), but then what holds it must be writable.
+fn state_problem(dir: &Path, problems: &mut Vec<String>) {
+    let mut existing = dir;
+    while !existing.exists() {
+        match existing.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => existing = parent,
+            _ => break,
+        }
+    }
+    if rustix::fs::access(existing, rustix::fs::Access::WRITE_OK).is_err() {
+        problems.push(format!(
+            "state.dir: {} cannot be written; check its owner, or set state.dir",
+            existing.display()
+        ));
+    }
+    let database = dir.join(DATABASE);
+    if database.exists()
+        && let Err(error) = Ledger::open_read_only(&database)
+    {
+        problems.push(format!("state.dir: {error}"));
+    }
+}

@@ -1,0 +1,99 @@
+//! `status` and `lookup`: what the ledger on this appliance says.
+
+use clap::Args;
+use serde_json::json;
+
+use super::{Failure, Global};
+use crate::message::rfc3339_seconds;
+use crate::scan::ScanId;
+use crate::store::{DATABASE, Ledger};
+
+#[derive(Debug, Args)]
+pub(super) struct StatusArgs {
+    /// One JSON object instead of lines for people
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct LookupArgs {
+    /// The `scan_id` of a result: 32 hex digits
+    scan_id: String,
+}
+
+fn open(global: &Global) -> Result<(Ledger, std::path::PathBuf), Failure> {
+    let config = global.load()?;
+    let path = config.state.dir.join(DATABASE);
+    if !path.exists() {
+        let line = format!(
+            "state.dir: {} holds no ledger; run the daemon first, or check --config",
+            config.state.dir.display()
+        );
+        return Err(Failure::Runtime(line));
+    }
+    let ledger = Ledger::open_read_only(&path).map_err(|e| {
+        Failure::Runtime(format!(
+            "state.dir: {}: {e}; run as the user of the daemon",
+            config.state.dir.display()
+        ))
+    })?;
+    Ok((ledger, config.watch.folder))
+}
+
+pub(super) fn status(global: &Global, args: &StatusArgs) -> Result<(), Failure> {
+    let (ledger, _) = open(global)?;
+    let read = |e: crate::store::StoreError| Failure::Runtime(format!("ledger: {e}"));
+    let counts = ledger.counts().map_err(read)?;
+    let rejections = ledger.rejections().map_err(read)?;
+    if args.json {
+        let by_reason: serde_json::Map<_, _> = rejections
+            .into_iter()
+            .map(|(code, count)| (code, json!(count)))
+            .collect();
+        println!("{}", json!({ "counts": counts, "rejections": by_reason }));
+        return Ok(());
+    }
+    println!(
+        "classified     {:>10}   of these positive {}, indeterminate {}",
+        counts.classified, counts.positive, counts.indeterminate
+    );
+    println!("rejected       {:>10}", counts.rejected);
+    for (code, count) in rejections {
+        println!("  {code:<20} {count:>3}");
+    }
+    println!("skipped        {:>10}", counts.skipped);
+    println!(
+        "delivered      {:>10}   messages acknowledged by the broker",
+        counts.delivered
+    );
+    let oldest = counts
+        .oldest_outbox
+        .map(|at| format!("   oldest from {}", rfc3339_seconds(at)));
+    println!(
+        "waiting        {:>10}{}",
+        counts.outbox,
+        oldest.unwrap_or_default()
+    );
+    Ok(())
+}
+
+pub(super) fn lookup(global: &Global, args: &LookupArgs) -> Result<(), Failure> {
+    let scan_id: ScanId = args
+        .scan_id
+        .parse()
+        .map_err(|e| Failure::Runtime(format!("scan id: {e}")))?;
+    let (ledger, folder) = open(global)?;
+    let found = ledger
+        .lookup(scan_id)
+        .map_err(|e| Failure::Runtime(format!("ledger: {e}")))?;
+    let Some((paths, outcome)) = found else {
+        return Err(Failure::Runtime(format!(
+            "scan id: {scan_id} is not in this ledger; ask the appliance that published it"
+        )));
+    };
+    println!("{}", outcome.as_deref().unwrap_or("no outcome yet"));
+    for path in paths {
+        println!("{}", folder.join(path).display());
+    }
+    Ok(())
+}

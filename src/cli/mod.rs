@@ -1,0 +1,122 @@
+//! The command line: arguments, verbs, exit codes.
+
+mod check;
+mod classify;
+mod ledger;
+mod run;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{self, Config};
+
+/// Exit code for a configuration or model that cannot be used; systemd does not restart on it (`EX_CONFIG` of sysexits.h).
+const EX_CONFIG: u8 = 78;
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "scansentry",
+    version,
+    about = "Watches a scanner's export folder, runs a quantized image classifier and publishes results over MQTT.\nResearch use only, not for diagnosis."
+)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Args)]
+struct Global {
+    /// Configuration file
+    #[arg(long, global = true, env = "SCANSENTRY_CONFIG", value_name = "FILE", default_value = config::DEFAULT_PATH)]
+    config: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Run the daemon
+    Run,
+    /// Validate configuration, model, folder and broker; list every problem
+    Check(check::CheckArgs),
+    /// Classify files: one JSON line each
+    Classify(classify::ClassifyArgs),
+    /// Write what the model sees of a file
+    Preprocess(classify::PreprocessArgs),
+    /// Counts, backlog and rejections of this appliance
+    Status(ledger::StatusArgs),
+    /// From a pseudonymous id back to the files on this appliance
+    Lookup(ledger::LookupArgs),
+}
+
+/// Why a verb did not succeed; decides the exit code. Every line is `what: value; hint`.
+#[derive(Debug)]
+enum Failure {
+    /// Exit 78.
+    Configuration(Vec<String>),
+    /// Exit 1.
+    Runtime(String),
+    /// Exit 1; everything has been said already.
+    Said,
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Runtime(format!("{error:#}"))
+    }
+}
+
+/// Parses the arguments, runs the verb, says what went wrong. Wrong usage ends the process with 2 inside clap.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let global = &cli.global;
+    let done = match cli.verb {
+        Verb::Run => run::run(global),
+        Verb::Check(args) => check::check(global, &args),
+        Verb::Classify(args) => classify::classify(global, &args),
+        Verb::Preprocess(args) => classify::preprocess(global, &args),
+        Verb::Status(args) => ledger::status(global, &args),
+        Verb::Lookup(args) => ledger::lookup(global, &args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Configuration(problems)) => {
+            for problem in problems {
+                eprintln!("{problem}");
+            }
+            ExitCode::from(EX_CONFIG)
+        }
+        Err(Failure::Runtime(line)) => {
+            eprintln!("{line}");
+            ExitCode::FAILURE
+        }
+        Err(Failure::Said) => ExitCode::FAILURE,
+    }
+}
+
+impl Global {
+    /// The configuration, checked. A file that was asked for must exist; the default one need not.
+    fn load(&self) -> Result<Config, Failure> {
+        let required = self.config != PathBuf::from(config::DEFAULT_PATH);
+        let environment = std::env::vars_os().filter_map(|(key, value)| {
+            Some((
+                key.into_string().ok()?,
+                value.to_string_lossy().into_owned(),
+            ))
+        });
+        config::load(&self.config, required, environment)
+            .map_err(|problems| Failure::Configuration(problems.0))
+    }
+}
+
+/// A runtime for the daemon: few threads, because the work is in the workers.
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(8)
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::Runtime(format!("runtime: {e}; check the limits on threads")))
+}

@@ -1,0 +1,89 @@
+//! `run`: the daemon, its signals, its word to systemd.
+
+use std::time::Instant;
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{Failure, Global, runtime};
+use crate::daemon::{self, Control, Prepared};
+use crate::telemetry;
+
+pub(super) fn run(global: &Global) -> Result<(), Failure> {
+    let start = Instant::now();
+    let config = global.load()?;
+    telemetry::init(&config.log);
+    telemetry::log_panics();
+    let prepared = daemon::prepare(config).map_err(Failure::Configuration)?;
+    runtime()?.block_on(serve(global, prepared, start))
+}
+
+/// Runs the daemon again and again, with the configuration of the latest SIGHUP, until SIGTERM or SIGINT.
+async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Result<(), Failure> {
+    let listen =
+        |kind| signal(kind).map_err(|e| Failure::Runtime(format!("signals: {e}; cannot listen")));
+    let (mut hangup, mut terminate, mut interrupt) = (
+        listen(SignalKind::hangup())?,
+        listen(SignalKind::terminate())?,
+        listen(SignalKind::interrupt())?,
+    );
+    loop {
+        let control = Control::default();
+        let ready = || {
+            tracing::info!(ms = start.elapsed().as_millis() as u64, "ready");
+            notify(&[sd_notify::NotifyState::Ready]);
+        };
+        let mut running = std::pin::pin!(daemon::run(prepared, control.clone(), ready));
+        let mut next = None;
+        loop {
+            tokio::select! {
+                end = &mut running => {
+                    end?;
+                    break;
+                }
+                _ = terminate.recv() => stop(&control),
+                _ = interrupt.recv() => stop(&control),
+                _ = hangup.recv() => {
+                    if let Some(prepared) = reload(global).await {
+                        next = Some(prepared);
+                        control.stop_for_reload();
+                    }
+                }
+            }
+        }
+        match next {
+            Some(next) => prepared = next,
+            None => return Ok(()),
+        }
+    }
+}
+
+fn stop(control: &Control) {
+    tracing::info!("stopping");
+    notify(&[sd_notify::NotifyState::Stopping]);
+    control.stop();
+}
+
+/// Reads the configuration and loads the model anew; with any problem the old ones keep running.
+async fn reload(global: &Global) -> Option<Prepared> {
+    let problems = match global.load() {
+        Ok(config) => match tokio::task::spawn_blocking(move || daemon::prepare(config)).await {
+            Ok(Ok(prepared)) => {
+                tracing::info!("configuration read again");
+                return Some(prepared);
+            }
+            Ok(Err(problems)) => problems,
+            Err(error) => vec![error.to_string()],
+        },
+        Err(Failure::Configuration(problems)) => problems,
+        Err(_) => Vec::new(),
+    };
+    for problem in problems {
+        tracing::error!("not reloaded, the old configuration stays: {problem}");
+    }
+    None
+}
+
+fn notify(states: &[sd_notify::NotifyState<'_>]) {
+    // Without systemd there is nobody to tell.
+    let _ = sd_notify::notify(states);
+}

@@ -1,0 +1,791 @@
+//! Configuration: layered, checked as a whole, every problem reported at once.
+//!
+//! `config/scansentry.toml` is compiled in and is the lowest layer, so the documented defaults *are* the defaults, and a
+//! key that is not in that file does not exist. Above it: the configuration file, `conf.d/*.toml` beside it, and
+//! `SCANSENTRY__SECTION__KEY` from the environment.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+
+/// The documented defaults, and with them the list of all keys.
+pub const DEFAULTS: &str = include_str!("../config/scansentry.toml");
+
+/// Where the configuration lies unless `--config` or `SCANSENTRY_CONFIG` says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/scansentry/config.toml";
+
+const ENV_PREFIX: &str = "SCANSENTRY__";
+
+/// The whole configuration, checked. Field docs are in `config/scansentry.toml`.
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct Config {
+    pub device: Device,
+    pub watch: Watch,
+    pub limits: Limits,
+    pub model: Model,
+    pub pipeline: Pipeline,
+    pub state: State,
+    pub mqtt: Mqtt,
+    pub alert: Alert,
+    pub health: Health,
+    pub log: Log,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct Device {
+    pub id: String,
+    pub site: String,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct Watch {
+    pub folder: PathBuf,
+    pub recursive: bool,
+    pub max_depth: usize,
+    pub ignore: Vec<String>,
+    pub mode: WatchMode,
+    pub rescan_s: u64,
+    pub poll_s: u64,
+    pub settle_ms: u64,
+    pub incomplete_s: u64,
+}
+
+/// How changes in the folder are noticed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WatchMode {
+    /// Events where the file system delivers them, polling elsewhere.
+    Auto,
+    /// Events in any case.
+    Events,
+    /// Polling in any case.
+    Poll,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct Limits {
+    pub file_bytes: u64,
+    pub pixels: u64,
+    pub decode_bytes: u64,
+    pub frames: u32,
+    pub queue: usize,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct Model {
+    pub bundle: PathBuf,
+    pub threads: usize,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct Pipeline {
+    pub workers: usize,
+    pub attempts: u32,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct State {
+    pub dir: PathBuf,
+    pub outbox_messages: u64,
+    pub retention_days: u32,
+    pub min_free_bytes: u64,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct Mqtt {
+    pub url: String,
+    pub protocol: u8,
+    pub topic_prefix: String,
+    pub client_id: String,
+    pub username: String,
+    pub password_file: String,
+    pub ca_file: String,
+    pub cert_file: String,
+    pub key_file: String,
+    pub keep_alive_s: u64,
+    pub connect_timeout_s: u64,
+    pub ack_timeout_s: u64,
+    pub inflight: u16,
+    pub backoff_min_ms: u64,
+    pub backoff_max_s: u64,
+    pub drain_s: u64,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct Alert {
+    pub enabled: bool,
+    pub quiet_s: u64,
+    pub update_s: u64,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct Health {
+    pub interval_s: u64,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct Log {
+    pub level: String,
+    pub format: LogFormat,
+}
+
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// By where standard error goes.
+    Auto,
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+    /// Fields for the systemd journal.
+    Journald,
+}
+
+impl Watch {
+    /// How long a file must stay unchanged to count as complete.
+    pub fn settle(&self) -> Duration {
+        Duration::from_millis(self.settle_ms)
+    }
+}
+
+impl Pipeline {
+    /// The number of worker threads: `workers`, or one a core up to 4 when it is 0.
+    pub fn worker_count(&self) -> usize {
+        match self.workers {
+            0 => std::thread::available_parallelism()
+                .map_or(1, usize::from)
+                .min(4),
+            n => n,
+        }
+    }
+}
+
+/// A broker address, taken apart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BrokerAddress {
+    /// Host name or IP address.
+    pub host: String,
+    /// TCP port, 1-65535.
+    pub port: u16,
+    /// Whether the connection is encrypted (`mqtts://`).
+    pub tls: bool,
+}
+
+impl Mqtt {
+    /// `url` taken apart; an error text in the project's style when it is not `mqtt[s]://host[:port]`.
+    pub fn address(&self) -> Result<BrokerAddress, String> {
+        let bad = |why: &str| {
+            format!(
+                "mqtt.url: {:?} {why}; write mqtt://HOST:1883 or mqtts://HOST:8883",
+                self.url
+            )
+        };
+        let (tls, rest) = if let Some(rest) = self.url.strip_prefix("mqtts://") {
+            (true, rest)
+        } else if let Some(rest) = self.url.strip_prefix("mqtt://") {
+            (false, rest)
+        } else {
+            return Err(bad("does not begin with mqtt:// or mqtts://"));
+        };
+        let rest = rest.strip_suffix('/').unwrap_or(rest);
+        if rest.contains('@') {
+            return Err("mqtt.url: holds a user name or password; set mqtt.username and mqtt.password_file instead".into());
+        }
+        let default_port = if tls { 8883 } else { 1883 };
+        let (host, port) = match rest.strip_prefix('[').and_then(|r| r.split_once(']')) {
+            Some((host, "")) => (host, default_port),
+            Some((host, port)) => (
+                host,
+                port.strip_prefix(':')
+                    .and_then(|p| p.parse().ok())
+                    .ok_or_else(|| bad("has no valid port"))?,
+            ),
+            None => match rest.rsplit_once(':') {
+                Some((host, port)) => (host, port.parse().map_err(|_| bad("has no valid port"))?),
+                None => (rest, default_port),
+            },
+        };
+        if host.is_empty() || host.contains(['/', '?', '#', ' ']) {
+            return Err(bad("has no valid host"));
+        }
+        if port == 0 {
+            return Err(bad("has port 0, which is not a valid port"));
+        }
+        Ok(BrokerAddress {
+            host: host.to_owned(),
+            port,
+            tls,
+        })
+    }
+}
+
+/// Everything that is wrong with a configuration; each entry is one line `what: value; hint`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problems(pub Vec<String>);
+
+impl std::fmt::Display for Problems {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0.join("\n"))
+    }
+}
+
+impl std::error::Error for Problems {}
+
+/// Reads and checks the configuration: the defaults, then `path` (it must exist if `required`), then `conf.d/*.toml` in
+/// the folder of `path` in name order, then `environment` (variables beginning with `SCANSENTRY__`).
+pub fn load(
+    path: &Path,
+    required: bool,
+    environment: impl IntoIterator<Item = (String, String)>,
+) -> Result<Config, Problems> {
+    let mut problems = Vec::new();
+    let defaults: toml::Table = DEFAULTS
+        .parse()
+        .expect("the built-in defaults are valid TOML");
+    let mut layers = Vec::new();
+    if required || path.exists() {
+        read_layer(path, &mut layers, &mut problems);
+    }
+    for file in drop_ins(path) {
+        read_layer(&file, &mut layers, &mut problems);
+    }
+    for layer in &mut layers {
+        let origin = layer.origin.clone();
+        check_keys(&mut layer.table, &defaults, "", &origin, &mut problems);
+    }
+    let overrides = environment_layer(environment, &defaults, &mut problems);
+    let mut builder = config::Config::builder()
+        .add_source(config::File::from_str(DEFAULTS, config::FileFormat::Toml));
+    for table in layers
+        .into_iter()
+        .map(|layer| layer.table)
+        .chain([overrides])
+    {
+        builder = builder.add_source(config::File::from_str(
+            &table.to_string(),
+            config::FileFormat::Toml,
+        ));
+    }
+    let config: Config = match builder.build().and_then(config::Config::try_deserialize) {
+        Ok(config) => config,
+        Err(error) => {
+            // Types have been checked key by key; what is left is a word that is not one of a key's choices.
+            problems.push(format!(
+                "configuration: {}",
+                error.to_string().replace('\n', " ")
+            ));
+            return Err(Problems(problems));
+        }
+    };
+    config.validate(&mut problems);
+    if problems.is_empty() {
+        Ok(config)
+    } else {
+        Err(Problems(problems))
+    }
+}
+
+impl Config {
+    /// The built-in defaults.
+    pub fn defaults() -> Self {
+        toml::from_str(DEFAULTS).expect("the built-in defaults deserialize")
+    }
+
+    fn validate(&self, problems: &mut Vec<String>) {
+        let mut fail = |line: String| problems.push(line);
+        for (key, value) in [
+            ("device.id", &self.device.id),
+            ("device.site", &self.device.site),
+        ] {
+            if value.is_empty()
+                || value.len() > 64
+                || !value
+                    .chars()
+                    .all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+            {
+                fail(format!(
+                    "{key}: {value:?} is not a valid name; use 1-64 letters, digits, - and _"
+                ));
+            }
+        }
+        for (key, path) in [
+            ("watch.folder", &self.watch.folder),
+            ("model.bundle", &self.model.bundle),
+            ("state.dir", &self.state.dir),
+        ] {
+            if path.as_os_str().is_empty() {
+                fail(format!("{key}: is empty; give a folder"));
+            }
+        }
+        if self.state.dir.starts_with(&self.watch.folder) {
+            fail(format!(
+                "state.dir: {} lies inside watch.folder; keep it outside, the export folder is only read",
+                self.state.dir.display()
+            ));
+        }
+        for pattern in &self.watch.ignore {
+            if let Err(error) = globset::Glob::new(pattern) {
+                fail(format!(
+                    "watch.ignore: {pattern:?} is not a valid pattern ({}); see globset's syntax",
+                    error.kind()
+                ));
+            }
+        }
+        let topic = &self.mqtt.topic_prefix;
+        if topic.is_empty()
+            || topic.len() > 128
+            || topic.starts_with(['/', '$'])
+            || topic.ends_with('/')
+            || topic.contains(['+', '#', '\0'])
+        {
+            fail(format!(
+                "mqtt.topic_prefix: {topic:?} is not a valid topic; use words joined by / without + # and leading $"
+            ));
+        }
+        let tls = match self.mqtt.address() {
+            Ok(address) => address.tls,
+            Err(line) => {
+                fail(line);
+                true
+            }
+        };
+        if !matches!(self.mqtt.protocol, 4 | 5) {
+            fail(format!(
+                "mqtt.protocol: {} is not a known version; use 5, or 4 for MQTT 3.1.1",
+                self.mqtt.protocol
+            ));
+        }
+        if !self.mqtt.password_file.is_empty() && self.mqtt.username.is_empty() {
+            fail("mqtt.password_file: is set without mqtt.username; set both or none".into());
+        }
+        if self.mqtt.cert_file.is_empty() != self.mqtt.key_file.is_empty() {
+            fail("mqtt.cert_file: client certificate and mqtt.key_file belong together; set both or none".into());
+        }
+        for (key, value) in [
+            ("ca_file", &self.mqtt.ca_file),
+            ("cert_file", &self.mqtt.cert_file),
+        ] {
+            if !tls && !value.is_empty() {
+                fail(format!(
+                    "mqtt.{key}: is set but mqtt.url is not encrypted; write mqtts://"
+                ));
+            }
+        }
+        if self
+            .log
+            .level
+            .parse::<tracing_subscriber::filter::Targets>()
+            .is_err()
+        {
+            fail(format!(
+                "log.level: {:?} is not a level or filter; use error, warn, info, debug or trace",
+                self.log.level
+            ));
+        }
+        self.check_ranges(&mut fail);
+    }
+
+    fn check_ranges(&self, fail: &mut impl FnMut(String)) {
+        let mut range = |key: &str, value: u64, low: u64, high: u64| {
+            if !(low..=high).contains(&value) {
+                fail(format!(
+                    "{key}: {value} is out of range; expected {low}-{high} (default {})",
+                    default_of(key)
+                ));
+            }
+        };
+        let (watch, limits, mqtt) = (&self.watch, &self.limits, &self.mqtt);
+        range("watch.max_depth", watch.max_depth as u64, 1, 64);
+        range("watch.rescan_s", watch.rescan_s, 5, 86_400);
+        range("watch.poll_s", watch.poll_s, 1, 3600);
+        range("watch.settle_ms", watch.settle_ms, 50, 600_000);
+        range("watch.incomplete_s", watch.incomplete_s, 0, 3600);
+        range("limits.file_bytes", limits.file_bytes, 1024, 1 << 32);
+        range("limits.pixels", limits.pixels, 4096, 1_000_000_000);
+        range("limits.decode_bytes", limits.decode_bytes, 1 << 20, 1 << 33);
+        range("limits.frames", u64::from(limits.frames), 1, 4096);
+        range("limits.queue", limits.queue as u64, 1, 65_536);
+        range("model.threads", self.model.threads as u64, 1, 16);
+        range("pipeline.workers", self.pipeline.workers as u64, 0, 16);
+        range(
+            "pipeline.attempts",
+            u64::from(self.pipeline.attempts),
+            1,
+            10,
+        );
+        range(
+            "state.outbox_messages",
+            self.state.outbox_messages,
+            100,
+            10_000_000,
+        );
+        range(
+            "state.retention_days",
+            u64::from(self.state.retention_days),
+            1,
+            36_500,
+        );
+        range(
+            "state.min_free_bytes",
+            self.state.min_free_bytes,
+            0,
+            1 << 40,
+        );
+        range("mqtt.keep_alive_s", mqtt.keep_alive_s, 5, 3600);
+        range("mqtt.connect_timeout_s", mqtt.connect_timeout_s, 1, 300);
+        range("mqtt.ack_timeout_s", mqtt.ack_timeout_s, 1, 3600);
+        range("mqtt.inflight", u64::from(mqtt.inflight), 1, 1000);
+        range("mqtt.backoff_min_ms", mqtt.backoff_min_ms, 10, 60_000);
+        range("mqtt.backoff_max_s", mqtt.backoff_max_s, 1, 3600);
+        range("mqtt.drain_s", mqtt.drain_s, 0, 300);
+        range("alert.quiet_s", self.alert.quiet_s, 1, 86_400);
+        range("alert.update_s", self.alert.update_s, 1, 3600);
+        range("health.interval_s", self.health.interval_s, 1, 3600);
+    }
+}
+
+fn default_of(key: &str) -> String {
+    let table: toml::Table = DEFAULTS
+        .parse()
+        .expect("the built-in defaults are valid TOML");
+    key.split_once('.')
+        .and_then(|(section, name)| table.get(section)?.get(name))
+        .map_or_else(String::new, ToString::to_string)
+}
+
+struct Layer {
+    origin: String,
+    table: toml::Table,
+}
+
+fn drop_ins(path: &Path) -> Vec<PathBuf> {
+    let Some(folder) = path.parent() else {
+        return Vec::new();
+    };
+    let mut files: Vec<_> = std::fs::read_dir(folder.join("conf.d"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|e| e == "toml"))
+        .collect();
+    files.sort();
+    files
+}
+
+fn read_layer(path: &Path, layers: &mut Vec<Layer>, problems: &mut Vec<String>) {
+    let origin = path.display().to_string();
+    match std::fs::read_to_string(path) {
+        Err(error) => problems.push(format!(
+            "{origin}: cannot be read ({error}); give another file with --config"
+        )),
+        Ok(text) => match text.parse::<toml::Table>() {
+            Ok(table) => layers.push(Layer { origin, table }),
+            Err(error) => {
+                let line = error.span().map_or(0, |span| {
+                    text[..span.start.min(text.len())].lines().count().max(1)
+                });
+                problems.push(format!(
+                    "{origin}:{line}: {}; see config/scansentry.toml for the syntax",
+                    one_line(error.message())
+                ));
+            }
+        },
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Reports and removes keys that `known` does not have and values of another type.
+fn check_keys(
+    table: &mut toml::Table,
+    known: &toml::Table,
+    prefix: &str,
+    origin: &str,
+    problems: &mut Vec<String>,
+) {
+    table.retain(|name, value| {
+        let key = format!("{prefix}{name}");
+        match known.get(name) {
+            None => {
+                problems.push(format!(
+                    "{origin}: {key}: is not a known key; {}",
+                    suggestion(&key)
+                ));
+                false
+            }
+            Some(toml::Value::Table(known)) => {
+                if let toml::Value::Table(table) = value {
+                    check_keys(table, known, &format!("{key}."), origin, problems);
+                    true
+                } else {
+                    problems.push(format!(
+                        "{origin}: {key}: is a section, not a value; write [{key}]"
+                    ));
+                    false
+                }
+            }
+            Some(default) if same_type(value, default) => true,
+            Some(default) => {
+                problems.push(format!(
+                    "{origin}: {key}: {value} is a {}; expected a {} such as {default}",
+                    value.type_str(),
+                    default.type_str()
+                ));
+                false
+            }
+        }
+    });
+}
+
+fn same_type(value: &toml::Value, default: &toml::Value) -> bool {
+    match (value, default) {
+        (toml::Value::Array(values), toml::Value::Array(_)) => {
+            values.iter().all(toml::Value::is_str)
+        }
+        (toml::Value::Integer(number), toml::Value::Integer(_)) => *number >= 0,
+        _ => value.same_type(default),
+    }
+}
+
+/// The nearest known key, by edit distance; a hint in any case.
+fn suggestion(key: &str) -> String {
+    let table: toml::Table = DEFAULTS
+        .parse()
+        .expect("the built-in defaults are valid TOML");
+    let mut names = Vec::new();
+    for (section, value) in &table {
+        names.push(section.clone());
+        names.extend(
+            value
+                .as_table()
+                .into_iter()
+                .flatten()
+                .map(|(name, _)| format!("{section}.{name}")),
+        );
+    }
+    names
+        .iter()
+        .map(|name| (strsim::damerau_levenshtein(name, key), name))
+        .min()
+        .filter(|(distance, name)| *distance <= name.len() / 2)
+        .map_or_else(
+            || "config/scansentry.toml lists all of them".to_owned(),
+            |(_, name)| format!("did you mean {name}?"),
+        )
+}
+
+/// `SCANSENTRY__SECTION__KEY=value` as a layer, each value read as its key's type.
+fn environment_layer(
+    environment: impl IntoIterator<Item = (String, String)>,
+    known: &toml::Table,
+    problems: &mut Vec<String>,
+) -> toml::Table {
+    let mut layer = toml::Table::new();
+    for (variable, text) in environment {
+        let Some(rest) = variable.strip_prefix(ENV_PREFIX) else {
+            continue;
+        };
+        let rest = rest.to_ascii_lowercase();
+        let (section, name) = rest.split_once("__").unwrap_or((&rest, ""));
+        let Some(default) = known.get(section).and_then(|s| s.get(name)) else {
+            problems.push(format!(
+                "{variable}: is not a known key; {}",
+                suggestion(&format!("{section}.{name}"))
+            ));
+            continue;
+        };
+        let value = match default {
+            toml::Value::Integer(_) => text
+                .parse()
+                .ok()
+                .filter(|n: &i64| *n >= 0)
+                .map(toml::Value::Integer),
+            toml::Value::Boolean(_) => text.parse().ok().map(toml::Value::Boolean),
+            toml::Value::Array(_) => Some(toml::Value::Array(
+                text.split(',')
+                    .map(str::trim)
+                    .filter(|s| !s.is_empty())
+                    .map(|s| toml::Value::String(s.to_owned()))
+                    .collect(),
+            )),
+            _ => Some(toml::Value::String(text.clone())),
+        };
+        let Some(value) = value else {
+            let mut line = String::new();
+            let _ = write!(
+                line,
+                "{variable}: {text:?} is not a {}; expected one such as {default}",
+                default.type_str()
+            );
+            problems.push(line);
+            continue;
+        };
+        let section = layer
+            .entry(section.to_owned())
+            .or_insert_with(|| toml::Value::Table(toml::Table::new()));
+        if let toml::Value::Table(section) = section {
+            section.insert(name.to_owned(), value);
+        }
+    }
+    layer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load_text(text: &str, environment: &[(&str, &str)]) -> Result<Config, Problems> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.toml");
+        std::fs::write(&path, text).unwrap();
+        load(
+            &path,
+            true,
+            environment
+                .iter()
+                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned())),
+        )
+        .map_err(|p| {
+            Problems(
+                p.0.iter()
+                    .map(|l| l.replace(&format!("{}", path.display()), "FILE"))
+                    .collect(),
+            )
+        })
+    }
+
+    #[test]
+    fn the_documented_defaults_are_valid() {
+        let config = load_text("", &[]).unwrap();
+        assert_eq!(config.mqtt.url, "mqtt://localhost:1883");
+        assert_eq!(config.device.id, "mri-1");
+        let mut problems = Vec::new();
+        Config::defaults().validate(&mut problems);
+        assert_eq!(problems, Vec::<String>::new());
+    }
+
+    #[test]
+    fn later_layers_win() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.toml");
+        std::fs::write(
+            &path,
+            "[device]\nid = 'a'\nsite = 'base'\n[mqtt]\ninflight = 1\n",
+        )
+        .unwrap();
+        std::fs::create_dir(folder.path().join("conf.d")).unwrap();
+        std::fs::write(
+            folder.path().join("conf.d/10-x.toml"),
+            "[device]\nid = 'b'\n",
+        )
+        .unwrap();
+        std::fs::write(
+            folder.path().join("conf.d/20-y.toml"),
+            "[device]\nid = 'c'\n",
+        )
+        .unwrap();
+        let environment = [("SCANSENTRY__MQTT__INFLIGHT".to_owned(), "7".to_owned())];
+        let config = load(&path, true, environment).unwrap();
+        assert_eq!(
+            (
+                config.device.id.as_str(),
+                config.device.site.as_str(),
+                config.mqtt.inflight
+            ),
+            ("c", "base", 7)
+        );
+    }
+
+    #[test]
+    fn all_problems_come_at_once_with_a_hint() {
+        let text = "[mqtt]\nurl = 'http://x'\ninflght = 3\nkeep_alive_s = 'x'\n[devise]\nid = 'a'\n[limits]\npixels = 1\n[watch]\nmode = 'poll'\n";
+        let problems = load_text(
+            text,
+            &[
+                ("SCANSENTRY__MQTT__PROTOCOL", "five"),
+                ("SCANSENTRY__NO__SUCH", "1"),
+            ],
+        )
+        .unwrap_err();
+        insta::assert_snapshot!(problems.to_string(), @r#"
+        FILE: devise: is not a known key; did you mean device?
+        FILE: mqtt.inflght: is not a known key; did you mean mqtt.inflight?
+        FILE: mqtt.keep_alive_s: "x" is a string; expected a integer such as 30
+        SCANSENTRY__MQTT__PROTOCOL: "five" is not a integer; expected one such as 5
+        SCANSENTRY__NO__SUCH: is not a known key; config/scansentry.toml lists all of them
+        mqtt.url: "http://x" does not begin with mqtt:// or mqtts://; write mqtt://HOST:1883 or mqtts://HOST:8883
+        limits.pixels: 1 is out of range; expected 4096-1000000000 (default 50000000)
+        "#);
+    }
+
+    #[test]
+    fn a_broken_file_and_a_wrong_choice_are_named() {
+        let problems = load_text("[mqtt\n", &[]).unwrap_err();
+        assert!(problems.0[0].starts_with("FILE:1: "), "{problems}");
+        let problems = load_text("[watch]\nmode = 'telepathy'\n", &[]).unwrap_err();
+        assert!(problems.to_string().contains("telepathy"), "{problems}");
+    }
+
+    #[test]
+    fn broker_addresses() {
+        let address = |url: &str| {
+            Mqtt {
+                url: url.into(),
+                ..Config::defaults().mqtt
+            }
+            .address()
+        };
+        let ok = |host: &str, port, tls| {
+            Ok(BrokerAddress {
+                host: host.into(),
+                port,
+                tls,
+            })
+        };
+        assert_eq!(address("mqtt://b"), ok("b", 1883, false));
+        assert_eq!(address("mqtts://b.example"), ok("b.example", 8883, true));
+        assert_eq!(address("mqtt://[::1]:99/"), ok("::1", 99, false));
+        for bad in [
+            "mqtt://",
+            "mqtt://a:0",
+            "mqtt://a:70000",
+            "b:1883",
+            "mqtt://u:p@b",
+            "mqtt://a/b",
+        ] {
+            assert!(address(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn every_key_of_the_documentation_states_its_unit_or_meaning() {
+        for line in DEFAULTS
+            .lines()
+            .filter(|l| l.contains(" = ") && !l.starts_with('#'))
+        {
+            let key = line.split(" = ").next().unwrap();
+            assert!(
+                line.contains('#') || ["ignore", "bundle"].contains(&key),
+                "{line}"
+            );
+        }
+    }
+}

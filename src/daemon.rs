@@ -1,0 +1,272 @@
+//! Build, spawn, supervise, stop in order.
+//!
+//! ```text
+//! start: model (golden images) → state directory → store → workers → intake, watch, studies, publisher
+//! stop:  watch, studies → intake (files in a worker are finished) → workers → publisher (drains the outbox) → store
+//! ```
+//!
+//! Every part runs until it is told to stop. A part that ends by itself is a defect: everything is stopped in order and
+//! the process ends with an error, for systemd to start it again.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::sync::{Notify, mpsc};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::classifier::{Bundle, BundleError, Classifier};
+use crate::config::Config;
+use crate::health::{Condition, Health};
+use crate::message::{Reporter, Sender};
+use crate::mqtt::Settings;
+use crate::pipeline::intake::Intake;
+use crate::pipeline::worker::{self, Context};
+use crate::publisher::Publisher;
+use crate::store::{Opened, StateDir, Store};
+use crate::{studies, watch};
+
+/// How long the files in the workers may take at a stop.
+const FINISH: Duration = Duration::from_secs(20);
+
+/// Everything that can be refused before anything runs: a configuration, its files, and a model that works.
+pub struct Prepared {
+    config: Arc<Config>,
+    settings: Settings,
+    classifiers: Vec<Classifier>,
+}
+
+impl Prepared {
+    /// One line for people.
+    pub fn describe(&self) -> String {
+        let model = &self.classifiers[0].bundle().model_ref;
+        format!(
+            "model {} {} on {}; {} worker(s)",
+            model.name,
+            model.version,
+            self.classifiers[0].engine_info(),
+            self.classifiers.len()
+        )
+    }
+}
+
+/// Checks and loads what `config` names; every problem is one line.
+pub fn prepare(config: Config) -> Result<Prepared, Vec<String>> {
+    let mut problems = Vec::new();
+    let settings = settings(&config).map_err(|line| problems.push(line));
+    let classifiers =
+        load_classifiers(&config).map_err(|BundleError(lines)| problems.extend(lines));
+    match (settings, classifiers) {
+        (Ok(settings), Ok(classifiers)) => Ok(Prepared {
+            config: Arc::new(config),
+            settings,
+            classifiers,
+        }),
+        _ => Err(problems),
+    }
+}
+
+/// The broker settings of `config`, with the files they name read.
+pub fn settings(config: &Config) -> Result<Settings, String> {
+    let client_id = format!("scansentry-{}-{}", config.device.site, config.device.id);
+    Settings::new(&config.mqtt, &client_id).map_err(|e| e.to_string())
+}
+
+fn load_classifiers(config: &Config) -> Result<Vec<Classifier>, BundleError> {
+    let bundle = Arc::new(Bundle::read(&config.model.bundle)?);
+    let mut first = Classifier::new(bundle.clone(), config.model.threads)?;
+    first.verify_golden()?;
+    let rest = (1..config.pipeline.worker_count())
+        .map(|_| Classifier::new(bundle.clone(), config.model.threads));
+    std::iter::once(Ok(first)).chain(rest).collect()
+}
+
+/// Tells a running daemon what to do.
+#[derive(Debug, Clone, Default)]
+pub struct Control {
+    stop: CancellationToken,
+    reload: Arc<AtomicBool>,
+}
+
+impl Control {
+    /// Stop for good: drain, say goodbye.
+    pub fn stop(&self) {
+        self.stop.cancel();
+    }
+
+    /// Stop to run again at once with another configuration: the status stays "online".
+    pub fn stop_for_reload(&self) {
+        self.reload.store(true, Ordering::Relaxed);
+        self.stop.cancel();
+    }
+}
+
+/// Runs until `control` says stop. `ready` is called once everything runs.
+pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> anyhow::Result<()> {
+    let Prepared {
+        config,
+        settings,
+        classifiers,
+    } = prepared;
+    let health = Health::default();
+    let state = StateDir::open(&config.state.dir)
+        .context(format!("state.dir: {}", config.state.dir.display()))?;
+    let Opened {
+        store,
+        thread: store_thread,
+        set_aside,
+    } = Store::open(state.path()).context(format!("state.dir: {}", config.state.dir.display()))?;
+    if let Some(aside) = set_aside {
+        tracing::error!(set_aside = %aside.display(), "the ledger was damaged and set aside; a new one is filled by scanning the folder again");
+        health.raise(Condition::LedgerRebuilt, "a damaged ledger was set aside; results in the folder are made again with the same ids");
+    }
+
+    let bundle = classifiers[0].bundle().clone();
+    let engine = classifiers[0].engine_info().to_string();
+    let model = &bundle.model_ref;
+    tracing::info!(
+        model = model.name,
+        version = model.version,
+        engine,
+        workers = classifiers.len(),
+        "model loaded"
+    );
+    let reporter = Arc::new(Reporter {
+        sender: Sender::new(&config),
+        key: state.key().clone(),
+        model: model.clone(),
+        labels: bundle.manifest.output.labels.clone(),
+        threshold: bundle.manifest.decision.threshold,
+    });
+    let outbox = Arc::new(Notify::new());
+    let backlog = Arc::new(AtomicU64::new(0));
+    let stopping = Arc::new(AtomicBool::new(false));
+
+    let context = Context {
+        config: config.clone(),
+        store: store.clone(),
+        health: health.clone(),
+        reporter: reporter.clone(),
+        outbox: outbox.clone(),
+        stopping: stopping.clone(),
+    };
+    let (reports_tx, reports) = mpsc::unbounded_channel();
+    let mut queues = Vec::new();
+    let mut worker_threads = Vec::new();
+    for (index, classifier) in classifiers.into_iter().enumerate() {
+        let (queue, candidates) = std::sync::mpsc::sync_channel(1);
+        worker_threads.push(
+            worker::spawn(
+                index,
+                context.clone(),
+                classifier,
+                candidates,
+                reports_tx.clone(),
+            )
+            .context("starting a worker")?,
+        );
+        queues.push(queue);
+    }
+    drop((reports_tx, context));
+
+    let (stop_input, stop_output) = (CancellationToken::new(), CancellationToken::new());
+    let (hints_tx, hints) = watch::channel();
+    let mut watching = tokio::spawn(watch::follow(
+        config.watch.clone(),
+        hints_tx.clone(),
+        health.clone(),
+        stop_input.clone(),
+    ));
+    let mut tending = tokio::spawn(studies::run(
+        config.alert.clone(),
+        store.clone(),
+        reporter.clone(),
+        outbox.clone(),
+        stop_input.clone(),
+    ));
+    let intake = Intake::new(
+        config.clone(),
+        store.clone(),
+        health.clone(),
+        backlog.clone(),
+        queues,
+    );
+    let mut taking = tokio::spawn(intake.run(hints, reports, stop_input.clone()));
+    let publisher = Publisher {
+        settings,
+        mqtt: config.mqtt.clone(),
+        health_config: config.health.clone(),
+        store,
+        outbox,
+        health,
+        reporter,
+        backlog,
+        engine,
+        farewell: Arc::new(AtomicBool::new(true)),
+    };
+    let farewell = publisher.farewell.clone();
+    let mut publishing = tokio::spawn(publisher.run(stop_output.clone()));
+    ready();
+
+    let defect = tokio::select! {
+        () = control.stop.cancelled() => None,
+        end = &mut watching => Some(describe("watch", end.map(|()| Ok::<_, std::convert::Infallible>(())))),
+        end = &mut tending => Some(describe("studies", end.map(|()| Ok::<_, std::convert::Infallible>(())))),
+        end = &mut taking => Some(describe("intake", end)),
+        end = &mut publishing => Some(describe("publisher", end)),
+    };
+    if let Some(defect) = &defect {
+        tracing::error!("{defect}; stopping in order");
+    }
+    farewell.store(!control.reload.load(Ordering::Relaxed), Ordering::Relaxed);
+    stopping.store(true, Ordering::Relaxed);
+    stop_input.cancel();
+    drop(hints_tx);
+    let finished = finish(taking, FINISH).await;
+    finish(watching, FINISH).await;
+    finish(tending, FINISH).await;
+    if finished {
+        // The intake has dropped the queues, so the workers have ended or are about to.
+        for thread in worker_threads {
+            let _ = tokio::task::spawn_blocking(move || thread.join()).await;
+        }
+    } else {
+        tracing::warn!("a file in work did not end in time; it is done again at the next start");
+    }
+    stop_output.cancel();
+    finish(
+        publishing,
+        Duration::from_secs(config.mqtt.drain_s) + FINISH,
+    )
+    .await;
+    if finished {
+        let _ = tokio::task::spawn_blocking(move || store_thread.join()).await;
+    }
+    drop(state);
+    defect.map_or(Ok(()), |defect| Err(anyhow::anyhow!(defect)))
+}
+
+fn describe<E: std::fmt::Display>(
+    part: &str,
+    end: Result<Result<(), E>, tokio::task::JoinError>,
+) -> String {
+    match end {
+        Ok(Ok(())) => format!("{part}: ended by itself"),
+        Ok(Err(error)) => format!("{part}: {error}"),
+        Err(error) => format!("{part}: {error}"),
+    }
+}
+
+/// Waits for a task to end by itself; `false` if it did not in time (it is aborted then).
+async fn finish<T>(mut task: JoinHandle<T>, patience: Duration) -> bool {
+    if task.is_finished() {
+        return true;
+    }
+    if tokio::time::timeout(patience, &mut task).await.is_ok() {
+        return true;
+    }
+    task.abort();
+    false
+}

@@ -1,0 +1,775 @@
+//! LiteRT (the present name of TensorFlow Lite) through its C interface, as crate `litert-sys` declares it.
+//!
+//! Ownership: every object of the runtime is an [`Owned`] handle that destroys it on drop, and the fields of [`LiteRt`]
+//! stand in the order in which they must go: buffers, compiled model, options, model, environment, and last the bytes
+//! of the file, which the model and the compiled model only borrow.
+//!
+//! The runtime would write to stderr: see [`stderr`](super::stderr). Its errors become part of ours.
+//!
+//! Not thread-safe by itself: one [`LiteRt`] belongs to one thread at a time, which `&mut self` and `Send` without `Sync` say.
+
+// The one place with unsafe code in the crate: calls into libLiteRt.so.
+#![allow(unsafe_code)]
+
+use std::collections::BTreeMap;
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::mem::MaybeUninit;
+use std::ptr::{self, NonNull};
+
+use litert_sys as sys;
+
+use super::{
+    ElementType, Engine, EngineError, EngineInfo, QuantParams, TensorSpec, flatbuffer, stderr,
+};
+
+/// The first signature of the file; a file without any gets one from the runtime that stands for its main graph.
+const SIGNATURE: sys::LiteRtParamIndex = 0;
+
+/// More threads than that per interpreter help on no board that this runs on.
+const MAX_THREADS: usize = 64;
+
+/// Tensors above this size are a mistake, and would be allocated at once.
+const MAX_TENSOR_BYTES: usize = 256 << 20;
+
+/// Loads `bytes` on LiteRT with `threads` threads (1 to 64; values outside are moved to the nearest end).
+pub(super) fn load(bytes: &[u8], threads: usize) -> Result<LiteRt, EngineError> {
+    flatbuffer::check(bytes)?;
+    let (loaded, errors) = stderr::quietly(|| load_loudly(bytes, threads.clamp(1, MAX_THREADS)));
+    loaded.map_err(|error| match (error, errors.first()) {
+        (EngineError::Load(what), Some(reason)) => EngineError::Load(format!("{what}: {reason}")),
+        (error, _) => error,
+    })
+}
+
+fn load_loudly(bytes: &[u8], threads: usize) -> Result<LiteRt, EngineError> {
+    let environment = create_environment()?;
+    let file = AlignedBytes::copy_of(bytes);
+    let model = create_model(&file)?;
+    let main = Graph::of(&model)?;
+    let (input_specs, output_specs) = (main.input_specs()?, main.output_specs()?);
+    let [input_spec] = &input_specs[..] else {
+        return Err(EngineError::Load(format!(
+            "{} inputs; expected exactly one, the picture",
+            input_specs.len()
+        )));
+    };
+    if output_specs.is_empty() {
+        return Err(EngineError::Load("no outputs".to_owned()));
+    }
+
+    let signature_order = main.outputs_in_signature_order()?;
+
+    let options = create_options(threads)?;
+    let compiled = compile(&environment, &model, &options)?;
+    let input = create_buffer(&environment, input_spec)?;
+    write_buffer(&input, &vec![0; input_spec.bytes()])?;
+    let outputs = output_specs
+        .iter()
+        .map(|spec| create_buffer(&environment, spec))
+        .collect::<Result<Vec<_>, _>>()?;
+
+    // Compiling accepts operators that the runtime does not have, among others: only running shows them.
+    run(&compiled, &input, &outputs, &signature_order)
+        .map_err(|status| EngineError::Load(format!("it does not run: {status}")))?;
+    let delegate = describe_delegate(
+        main.operators,
+        &list_undelegated(
+            &environment,
+            &model,
+            &input,
+            &outputs,
+            &compiled,
+            &signature_order,
+        )?,
+    );
+    let version = env!("SCANSENTRY_LITERT_VERSION").to_owned();
+    Ok(LiteRt {
+        info: EngineInfo {
+            runtime: "LiteRT",
+            version,
+            delegate,
+            threads,
+        },
+        input,
+        outputs,
+        compiled,
+        _options: options,
+        _model: model,
+        _environment: stderr::DropQuietly::new(environment),
+        _file: file,
+        signature_order,
+        input_specs,
+        output_specs,
+    })
+}
+
+/// A model compiled by LiteRT for the CPU, with its input and output buffers.
+pub(super) struct LiteRt {
+    input: Owned<sys::LiteRtTensorBufferT>,
+    /// In the model's order, like `output_specs`.
+    outputs: Vec<Owned<sys::LiteRtTensorBufferT>>,
+    compiled: Owned<sys::LiteRtCompiledModelT>,
+    _options: Owned<sys::LiteRtOptionsT>,
+    _model: Owned<sys::LiteRtModelT>,
+    _environment: stderr::DropQuietly<Owned<sys::LiteRtEnvironmentT>>,
+    _file: AlignedBytes,
+    /// `outputs[signature_order[i]]` is the i-th output of the signature, which is the order that running wants.
+    signature_order: Vec<usize>,
+    input_specs: Vec<TensorSpec>,
+    output_specs: Vec<TensorSpec>,
+    info: EngineInfo,
+}
+
+// SAFETY: LiteRT ties none of these objects to the thread that made them; its thread pool is its own. All access goes
+// through `&mut self`, so there is never more than one thread in them.
+unsafe impl Send for LiteRt {}
+
+impl Engine for LiteRt {
+    fn info(&self) -> &EngineInfo {
+        &self.info
+    }
+
+    fn inputs(&self) -> &[TensorSpec] {
+        &self.input_specs
+    }
+
+    fn outputs(&self) -> &[TensorSpec] {
+        &self.output_specs
+    }
+
+    fn run(&mut self, input: &[u8], outputs: &mut Vec<Vec<u8>>) -> Result<(), EngineError> {
+        let expected = self.input_specs[0].bytes();
+        if input.len() != expected {
+            return Err(EngineError::Run(format!(
+                "input has {} bytes; the model takes {expected}",
+                input.len()
+            )));
+        }
+        write_buffer(&self.input, input)?;
+        run(
+            &self.compiled,
+            &self.input,
+            &self.outputs,
+            &self.signature_order,
+        )
+        .map_err(|status| EngineError::Run(status.to_string()))?;
+        outputs.resize_with(self.outputs.len(), Vec::new);
+        for ((buffer, spec), output) in self.outputs.iter().zip(&self.output_specs).zip(outputs) {
+            read_buffer(buffer, spec.bytes(), output)?;
+        }
+        Ok(())
+    }
+}
+
+/// LiteRT's context: which accelerators there are.
+fn create_environment() -> Result<Owned<sys::LiteRtEnvironmentT>, EngineError> {
+    // Only the CPU: else it looks for GPU and NPU libraries beside the program.
+    let value = i64::from(sys::kLiteRtHwAcceleratorCpu);
+    let options = [sys::LiteRtEnvOption {
+        tag: sys::kLiteRtEnvOptionTagAutoRegisterAccelerators,
+        value: sys::LiteRtAny {
+            type_: sys::kLiteRtAnyTypeInt,
+            __bindgen_anon_1: sys::LiteRtAny__bindgen_ty_1 { int_value: value },
+        },
+    }];
+    // SAFETY: `options` holds one option for the duration of the call, which copies it.
+    create(sys::LiteRtDestroyEnvironment, |out| unsafe {
+        sys::LiteRtCreateEnvironment(1, options.as_ptr(), out)
+    })
+    .map_err(|status| EngineError::Load(format!("the runtime does not start: {status}")))
+}
+
+fn create_model(file: &AlignedBytes) -> Result<Owned<sys::LiteRtModelT>, EngineError> {
+    // SAFETY: the bytes stay where they are until after the model is destroyed: see the order of `LiteRt`'s fields.
+    create(sys::LiteRtDestroyModel, |out| unsafe {
+        sys::LiteRtCreateModelFromBuffer(file.as_ptr().cast(), file.len, out)
+    })
+    .map_err(|status| EngineError::Load(status.to_string()))
+}
+
+fn create_options(threads: usize) -> Result<Owned<sys::LiteRtOptionsT>, EngineError> {
+    let failed =
+        |status: Status| EngineError::Load(format!("the runtime refuses its options: {status}"));
+    // SAFETY: `out` is where the function writes the new handle.
+    let options = create(sys::LiteRtDestroyOptions, |out| unsafe {
+        sys::LiteRtCreateOptions(out)
+    })
+    .map_err(failed)?;
+    // SAFETY: the handle is live.
+    check(unsafe {
+        sys::LiteRtSetOptionsHardwareAccelerators(options.raw(), sys::kLiteRtHwAcceleratorCpu)
+    })
+    .map_err(failed)?;
+
+    // What `LrtGetOpaqueCpuOptionsData` of litert_cpu_options.h makes; the library does not export that function.
+    add_opaque_options(&options, c"xnnpack", &format!("num_threads = {threads}\n"))
+        .map_err(failed)?;
+    Ok(options)
+}
+
+/// Adds one block of options: an identifier and a text in TOML.
+fn add_opaque_options(
+    options: &Owned<sys::LiteRtOptionsT>,
+    identifier: &CStr,
+    toml: &str,
+) -> Result<(), Status> {
+    unsafe extern "C" fn free_payload(payload: *mut c_void) {
+        // SAFETY: the runtime hands back, once, the pointer that `CString::into_raw` gave it.
+        drop(unsafe { CString::from_raw(payload.cast::<c_char>()) });
+    }
+    let payload = CString::new(toml).expect("no NUL in options").into_raw();
+    let mut opaque = ptr::null_mut();
+    // SAFETY: identifier and payload are C strings; the payload now belongs to the options, which free it by `free_payload`.
+    let status = unsafe {
+        sys::LiteRtCreateOpaqueOptions(
+            identifier.as_ptr(),
+            payload.cast(),
+            Some(free_payload),
+            &raw mut opaque,
+        )
+    };
+    if let Err(status) = check(status) {
+        // SAFETY: nothing took the payload over.
+        drop(unsafe { CString::from_raw(payload) });
+        return Err(status);
+    }
+    // SAFETY: both handles are live; `options` takes over `opaque`.
+    check(unsafe { sys::LiteRtAddOpaqueOptions(options.raw(), opaque) })
+}
+
+fn compile(
+    environment: &Owned<sys::LiteRtEnvironmentT>,
+    model: &Owned<sys::LiteRtModelT>,
+    options: &Owned<sys::LiteRtOptionsT>,
+) -> Result<Owned<sys::LiteRtCompiledModelT>, EngineError> {
+    // SAFETY: the three handles are live, and outlive the compiled model: see the order of `LiteRt`'s fields.
+    create(sys::LiteRtDestroyCompiledModel, |out| unsafe {
+        sys::LiteRtCreateCompiledModel(environment.raw(), model.raw(), options.raw(), out)
+    })
+    .map_err(|status| EngineError::Load(status.to_string()))
+}
+
+fn run(
+    compiled: &Owned<sys::LiteRtCompiledModelT>,
+    input: &Owned<sys::LiteRtTensorBufferT>,
+    outputs: &[Owned<sys::LiteRtTensorBufferT>],
+    signature_order: &[usize],
+) -> Result<(), Status> {
+    let mut inputs = [input.raw()];
+    let mut results: Vec<_> = signature_order.iter().map(|&i| outputs[i].raw()).collect();
+    // SAFETY: all handles are live, and both arrays hold as many buffers as their counts say, in the signature's order.
+    check(unsafe {
+        sys::LiteRtRunCompiledModel(
+            compiled.raw(),
+            SIGNATURE,
+            inputs.len(),
+            inputs.as_mut_ptr(),
+            results.len(),
+            results.as_mut_ptr(),
+        )
+    })
+}
+
+/// Who runs the operators of the main graph, given the kinds of those that XNNPACK leaves to the built-in kernels.
+fn describe_delegate(operators: usize, left: &[String]) -> String {
+    let share = format!(
+        "XNNPACK ({} of {operators} operators",
+        operators.saturating_sub(left.len())
+    );
+    if left.is_empty() {
+        return share + ")";
+    }
+    let mut counts = BTreeMap::<&str, usize>::new();
+    for kind in left {
+        *counts.entry(kind).or_default() += 1;
+    }
+    let kinds: Vec<_> = counts
+        .into_iter()
+        .map(|(kind, count)| format!("{count} {kind}"))
+        .collect();
+    format!("{share}; on built-in kernels: {})", kinds.join(", "))
+}
+
+/// The kinds of the operators that XNNPACK leaves to the built-in kernels, one entry an operator.
+///
+/// The runtime says by itself only whether there are any. If so, a second copy of the model is compiled with the profiler,
+/// run once on zeros, and thrown away: that costs one more load.
+fn list_undelegated(
+    environment: &Owned<sys::LiteRtEnvironmentT>,
+    model: &Owned<sys::LiteRtModelT>,
+    input: &Owned<sys::LiteRtTensorBufferT>,
+    outputs: &[Owned<sys::LiteRtTensorBufferT>],
+    compiled: &Owned<sys::LiteRtCompiledModelT>,
+    signature_order: &[usize],
+) -> Result<Vec<String>, EngineError> {
+    // SAFETY: the handle is live; the last argument is written to.
+    if get(|out| unsafe { sys::LiteRtCompiledModelIsFullyAccelerated(compiled.raw(), out) })? {
+        return Ok(Vec::new());
+    }
+    let failed = |status: Status| EngineError::Load(format!("the profiler fails: {status}"));
+    let options = create_options(1)?;
+    add_opaque_options(
+        &options,
+        c"runtime_options_string",
+        "enable_profiling = true\n",
+    )
+    .map_err(failed)?;
+    let copy = compile(environment, model, &options)?;
+    // SAFETY (here and below): the copy is live and owns the profiler; the last argument is written to.
+    let profiler = get(|out| unsafe { sys::LiteRtCompiledModelGetProfiler(copy.raw(), out) })?;
+    check(unsafe { profiling::LiteRtStartProfiler(profiler) }).map_err(failed)?;
+    run(&copy, input, outputs, signature_order).map_err(failed)?;
+    check(unsafe { profiling::LiteRtStopProfiler(profiler) }).map_err(failed)?;
+
+    let count = get(|out| unsafe { profiling::LiteRtGetNumProfilerEvents(profiler, out) })?;
+    let mut events = vec![profiling::Event::EMPTY; usize::try_from(count).unwrap_or(0)];
+    // SAFETY: `events` has room for `count` events.
+    check(unsafe { profiling::LiteRtGetProfilerEvents(profiler, count, events.as_mut_ptr()) })
+        .map_err(failed)?;
+    Ok(events
+        .iter()
+        // What a delegate runs has event types of its own.
+        .filter(|event| event.kind == sys::OPERATOR_INVOKE_EVENT)
+        // SAFETY: tags are C strings that belong to the profiler, which lives as long as the copy.
+        .map(|event| unsafe { text(event.tag) })
+        .collect())
+}
+
+/// The part of `litert_profiler.h` that is needed; litert-sys leaves that header out.
+mod profiling {
+    use super::{c_char, c_int, sys};
+
+    #[derive(Clone, Copy)]
+    #[repr(C)]
+    pub(super) struct Event {
+        pub(super) tag: *const c_char,
+        pub(super) kind: sys::LiteRtProfilerEventType,
+        pub(super) start_and_elapsed_us: [u64; 2],
+        pub(super) memory_before_and_after: [usize; 6],
+        pub(super) metadata: [u64; 2],
+        /// 0 LiteRT, 1 the interpreter, 2 a delegate.
+        pub(super) source: u32,
+    }
+
+    impl Event {
+        pub(super) const EMPTY: Self = Self {
+            tag: std::ptr::null(),
+            kind: 0,
+            start_and_elapsed_us: [0; 2],
+            memory_before_and_after: [0; 6],
+            metadata: [0; 2],
+            source: 0,
+        };
+    }
+
+    unsafe extern "C" {
+        pub(super) fn LiteRtStartProfiler(profiler: sys::LiteRtProfiler) -> sys::LiteRtStatus;
+        pub(super) fn LiteRtStopProfiler(profiler: sys::LiteRtProfiler) -> sys::LiteRtStatus;
+        pub(super) fn LiteRtGetNumProfilerEvents(
+            profiler: sys::LiteRtProfiler,
+            count: *mut c_int,
+        ) -> sys::LiteRtStatus;
+        pub(super) fn LiteRtGetProfilerEvents(
+            profiler: sys::LiteRtProfiler,
+            count: c_int,
+            events: *mut Event,
+        ) -> sys::LiteRtStatus;
+    }
+}
+
+fn create_buffer(
+    environment: &Owned<sys::LiteRtEnvironmentT>,
+    spec: &TensorSpec,
+) -> Result<Owned<sys::LiteRtTensorBufferT>, EngineError> {
+    let mut layout = sys::LiteRtLayout::default();
+    layout.set_rank(spec.shape.len() as u32);
+    for (slot, &extent) in layout.dimensions.iter_mut().zip(&spec.shape) {
+        *slot = i32::try_from(extent).expect("read from an i32");
+    }
+    let element_type = match spec.element {
+        ElementType::Int8 => sys::kLiteRtElementTypeInt8,
+        ElementType::UInt8 => sys::kLiteRtElementTypeUInt8,
+        ElementType::Float32 => sys::kLiteRtElementTypeFloat32,
+    };
+    let tensor_type = sys::LiteRtRankedTensorType {
+        element_type,
+        layout,
+    };
+    // SAFETY: the environment is live and outlives the buffer; `tensor_type` is copied.
+    create(sys::LiteRtDestroyTensorBuffer, |out| unsafe {
+        sys::LiteRtCreateManagedTensorBuffer(
+            environment.raw(),
+            sys::kLiteRtTensorBufferTypeHostMemory,
+            &raw const tensor_type,
+            spec.bytes(),
+            out,
+        )
+    })
+    .map_err(|status| EngineError::Tensor {
+        name: spec.name.clone(),
+        problem: format!("no buffer for it: {status}"),
+    })
+}
+
+/// Copies `bytes`, exactly as many as the buffer was made for, into the buffer.
+fn write_buffer(buffer: &Owned<sys::LiteRtTensorBufferT>, bytes: &[u8]) -> Result<(), EngineError> {
+    let memory = lock(buffer, sys::kLiteRtTensorBufferLockModeWrite)?;
+    // SAFETY: the buffer was created with this many bytes, is host memory, and is locked until the call below.
+    unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), memory.as_ptr(), bytes.len()) };
+    unlock(buffer)
+}
+
+/// Copies the buffer's `len` bytes, exactly as many as it was made for, to `bytes`.
+fn read_buffer(
+    buffer: &Owned<sys::LiteRtTensorBufferT>,
+    len: usize,
+    bytes: &mut Vec<u8>,
+) -> Result<(), EngineError> {
+    let memory = lock(buffer, sys::kLiteRtTensorBufferLockModeRead)?;
+    bytes.clear();
+    // SAFETY: the buffer was created with `len` bytes, is host memory that the run has written, and is locked until the
+    // call below; the slice ends before it.
+    bytes.extend_from_slice(unsafe { std::slice::from_raw_parts(memory.as_ptr(), len) });
+    unlock(buffer)
+}
+
+fn lock(
+    buffer: &Owned<sys::LiteRtTensorBufferT>,
+    mode: sys::LiteRtTensorBufferLockMode,
+) -> Result<NonNull<u8>, EngineError> {
+    let mut memory = ptr::null_mut();
+    // SAFETY: the handle is live; `memory` receives the address.
+    check(unsafe { sys::LiteRtLockTensorBuffer(buffer.raw(), &raw mut memory, mode) })
+        .map_err(|status| EngineError::Run(format!("a tensor does not lock: {status}")))?;
+    NonNull::new(memory.cast()).ok_or_else(|| EngineError::Run("a tensor has no memory".to_owned()))
+}
+
+fn unlock(buffer: &Owned<sys::LiteRtTensorBufferT>) -> Result<(), EngineError> {
+    // SAFETY: the handle is live and locked.
+    check(unsafe { sys::LiteRtUnlockTensorBuffer(buffer.raw()) })
+        .map_err(|status| EngineError::Run(format!("a tensor does not unlock: {status}")))
+}
+
+/// The main graph of a model. Its tensors belong to the model, which `'m` keeps alive.
+struct Graph<'m> {
+    model: &'m Owned<sys::LiteRtModelT>,
+    raw: sys::LiteRtSubgraph,
+    operators: usize,
+}
+
+impl<'m> Graph<'m> {
+    fn of(model: &'m Owned<sys::LiteRtModelT>) -> Result<Self, EngineError> {
+        // SAFETY (this and the next two): the model is live, and the last argument is written to.
+        let index = get(|out| unsafe { sys::LiteRtGetMainModelSubgraphIndex(model.raw(), out) })?;
+        let raw = get(|out| unsafe { sys::LiteRtGetModelSubgraph(model.raw(), index, out) })?;
+        let operators = get(|out| unsafe { sys::LiteRtGetNumSubgraphOps(raw, out) })?;
+        Ok(Self {
+            model,
+            raw,
+            operators,
+        })
+    }
+
+    fn input_specs(&self) -> Result<Vec<TensorSpec>, EngineError> {
+        // SAFETY (both): the graph belongs to a live model; the last argument is written to.
+        let count = get(|out| unsafe { sys::LiteRtGetNumSubgraphInputs(self.raw, out) })?;
+        (0..count)
+            .map(|i| {
+                tensor_spec(
+                    get(|out| unsafe { sys::LiteRtGetSubgraphInput(self.raw, i, out) })?,
+                    "input",
+                    i,
+                )
+            })
+            .collect()
+    }
+
+    fn outputs(&self) -> Result<Vec<sys::LiteRtTensor>, EngineError> {
+        // SAFETY (both): the graph belongs to a live model; the last argument is written to.
+        let count = get(|out| unsafe { sys::LiteRtGetNumSubgraphOutputs(self.raw, out) })?;
+        (0..count)
+            .map(|i| get(|out| unsafe { sys::LiteRtGetSubgraphOutput(self.raw, i, out) }))
+            .collect()
+    }
+
+    fn output_specs(&self) -> Result<Vec<TensorSpec>, EngineError> {
+        self.outputs()?
+            .into_iter()
+            .enumerate()
+            .map(|(i, tensor)| tensor_spec(tensor, "output", i))
+            .collect()
+    }
+
+    /// For each output of the signature, its place among the graph's outputs: a signature sorts them by name.
+    fn outputs_in_signature_order(&self) -> Result<Vec<usize>, EngineError> {
+        let outputs = self.outputs()?;
+        // SAFETY (all three): model and signature are live; the last argument is written to.
+        let signature =
+            get(|out| unsafe { sys::LiteRtGetModelSignature(self.model.raw(), SIGNATURE, out) })?;
+        let count = get(|out| unsafe { sys::LiteRtGetNumSignatureOutputs(signature, out) })?;
+        let order = (0..count)
+            .map(|i| {
+                let tensor = get(|out| unsafe {
+                    sys::LiteRtGetSignatureOutputTensorByIndex(signature, i, out)
+                })?;
+                outputs
+                    .iter()
+                    .position(|&output| output == tensor)
+                    .ok_or_else(|| {
+                        EngineError::Load(format!(
+                            "output {i} of its signature is not an output of its graph"
+                        ))
+                    })
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        if order.len() == outputs.len() {
+            Ok(order)
+        } else {
+            Err(EngineError::Load(format!(
+                "its signature has {} outputs and its graph {}; expected the same",
+                order.len(),
+                outputs.len()
+            )))
+        }
+    }
+}
+
+/// Reads one tensor's description. `tensor` belongs to a live model.
+fn tensor_spec(
+    tensor: sys::LiteRtTensor,
+    kind: &str,
+    index: usize,
+) -> Result<TensorSpec, EngineError> {
+    // SAFETY (here and below): `tensor` belongs to a live model; the last argument is written to. The name is a C string
+    // that belongs to the model.
+    let mut name = unsafe { text(get(|out| sys::LiteRtGetTensorName(tensor, out))?) };
+    if name.is_empty() {
+        name = format!("{kind} {index}");
+    }
+    let refuse = |problem: String| EngineError::Tensor {
+        name: name.clone(),
+        problem,
+    };
+
+    if get(|out| unsafe { sys::LiteRtGetTensorTypeId(tensor, out) })?
+        != sys::kLiteRtRankedTensorType
+    {
+        return Err(refuse("has no fixed number of dimensions".to_owned()));
+    }
+    let tensor_type: sys::LiteRtRankedTensorType =
+        get(|out| unsafe { sys::LiteRtGetRankedTensorType(tensor, out) })?;
+    let element = match tensor_type.element_type {
+        sys::kLiteRtElementTypeInt8 => ElementType::Int8,
+        sys::kLiteRtElementTypeUInt8 => ElementType::UInt8,
+        sys::kLiteRtElementTypeFloat32 => ElementType::Float32,
+        other => {
+            return Err(refuse(format!(
+                "has element type {}; expected int8, uint8 or float32",
+                type_name(other)
+            )));
+        }
+    };
+
+    let rank = tensor_type.layout.rank() as usize;
+    let dimensions = tensor_type
+        .layout
+        .dimensions
+        .get(..rank)
+        .ok_or_else(|| refuse(format!("has {rank} dimensions; expected at most 8")))?;
+    let shape = dimensions
+        .iter()
+        .map(|&extent| usize::try_from(extent).ok().filter(|&extent| extent > 0))
+        .collect::<Option<Vec<usize>>>()
+        .ok_or_else(|| {
+            refuse(format!("has the shape {dimensions:?}; expected fixed sizes (convert with a fixed batch of 1)"))
+        })?;
+    let bytes = shape.iter().try_fold(element.size(), |product, &extent| {
+        product.checked_mul(extent)
+    });
+    if bytes.is_none_or(|bytes| bytes > MAX_TENSOR_BYTES) {
+        return Err(refuse(format!(
+            "has the shape {shape:?}; expected at most {} MiB",
+            MAX_TENSOR_BYTES >> 20
+        )));
+    }
+
+    let quant = match element {
+        ElementType::Float32 => None,
+        ElementType::Int8 | ElementType::UInt8 => {
+            Some(quantization(tensor, element).map_err(&refuse)?)
+        }
+    };
+    Ok(TensorSpec {
+        name,
+        shape,
+        element,
+        quant,
+    })
+}
+
+fn quantization(tensor: sys::LiteRtTensor, element: ElementType) -> Result<QuantParams, String> {
+    // SAFETY (both): `tensor` belongs to a live model; the last argument is written to.
+    let kind = get(|out| unsafe { sys::LiteRtGetQuantizationTypeId(tensor, out) })
+        .map_err(|error| error.to_string())?;
+    if kind != sys::kLiteRtQuantizationPerTensor {
+        return Err(
+            "is an integer tensor without one scale and zero point; expected a fully quantized model".to_owned()
+        );
+    }
+    let raw: sys::LiteRtQuantizationPerTensor =
+        get(|out| unsafe { sys::LiteRtGetPerTensorQuantization(tensor, out) })
+            .map_err(|error| error.to_string())?;
+    let levels = if element == ElementType::Int8 {
+        -128..=127
+    } else {
+        0..=255
+    };
+    match i32::try_from(raw.zero_point) {
+        Ok(zero_point)
+            if raw.scale.is_finite() && raw.scale > 0.0 && levels.contains(&zero_point) =>
+        {
+            Ok(QuantParams {
+                scale: raw.scale,
+                zero_point,
+            })
+        }
+        _ => Err(format!(
+            "has scale {} and zero point {}, which make no sense",
+            raw.scale, raw.zero_point
+        )),
+    }
+}
+
+fn type_name(element: sys::LiteRtElementType) -> String {
+    match element {
+        sys::kLiteRtElementTypeBool => "bool".to_owned(),
+        sys::kLiteRtElementTypeInt16 => "int16".to_owned(),
+        sys::kLiteRtElementTypeInt32 => "int32".to_owned(),
+        sys::kLiteRtElementTypeInt64 => "int64".to_owned(),
+        sys::kLiteRtElementTypeFloat16 => "float16".to_owned(),
+        sys::kLiteRtElementTypeFloat64 => "float64".to_owned(),
+        sys::kLiteRtElementTypeTfString => "string".to_owned(),
+        other => format!("number {other}"),
+    }
+}
+
+/// A handle of the runtime and the function that destroys it.
+struct Owned<T> {
+    raw: NonNull<T>,
+    destroy: unsafe extern "C" fn(*mut T),
+}
+
+impl<T> Owned<T> {
+    fn raw(&self) -> *mut T {
+        self.raw.as_ptr()
+    }
+}
+
+impl<T> Drop for Owned<T> {
+    fn drop(&mut self) {
+        // SAFETY: the handle came from the create function that belongs to `destroy`, and this is its only owner.
+        unsafe { (self.destroy)(self.raw.as_ptr()) }
+    }
+}
+
+/// Calls `make` with the place for a new handle, which `destroy` will destroy.
+fn create<T>(
+    destroy: unsafe extern "C" fn(*mut T),
+    make: impl FnOnce(*mut *mut T) -> sys::LiteRtStatus,
+) -> Result<Owned<T>, Status> {
+    let mut raw = ptr::null_mut();
+    check(make(&raw mut raw))?;
+    NonNull::new(raw)
+        .map(|raw| Owned { raw, destroy })
+        .ok_or(Status(sys::kLiteRtStatusErrorUnknown))
+}
+
+/// Calls `read` with the place for its answer.
+///
+/// `T` is a plain C type of which all-zero bytes are a value: a number, a handle, a struct of numbers.
+fn get<T: Copy>(read: impl FnOnce(*mut T) -> sys::LiteRtStatus) -> Result<T, EngineError> {
+    let mut answer = MaybeUninit::<T>::zeroed();
+    check(read(answer.as_mut_ptr())).map_err(|status| EngineError::Load(status.to_string()))?;
+    // SAFETY: zeroed is a value of `T`, and a successful call has put its answer there.
+    Ok(unsafe { answer.assume_init() })
+}
+
+/// A status other than success.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Status(sys::LiteRtStatus);
+
+fn check(status: sys::LiteRtStatus) -> Result<(), Status> {
+    if status == sys::kLiteRtStatusOk {
+        Ok(())
+    } else {
+        Err(Status(status))
+    }
+}
+
+impl std::fmt::Display for Status {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // The library does not export its own names for them.
+        let words = match self.0 {
+            sys::kLiteRtStatusErrorInvalidArgument => "invalid argument",
+            sys::kLiteRtStatusErrorMemoryAllocationFailure => "out of memory",
+            sys::kLiteRtStatusErrorRuntimeFailure => "runtime failure",
+            sys::kLiteRtStatusErrorUnsupported => "not supported",
+            sys::kLiteRtStatusErrorNotFound => "not found",
+            sys::kLiteRtStatusErrorWrongVersion
+            | sys::kLiteRtStatusErrorUnsupportedRuntimeVersion => "wrong version",
+            sys::kLiteRtStatusErrorFileIO => "file error",
+            sys::kLiteRtStatusErrorInvalidFlatbuffer => "not an intact model file",
+            sys::kLiteRtStatusErrorCompilation => "compilation failed",
+            sys::kLiteRtStatusErrorIndexOOB => "index out of range",
+            sys::kLiteRtStatusErrorInvalidGraphInvariant => "inconsistent graph",
+            _ => "failed",
+        };
+        write!(f, "LiteRT: {words} (status {})", self.0)
+    }
+}
+
+/// Copies a C string.
+///
+/// # Safety
+///
+/// `chars` points to a C string, or is null.
+unsafe fn text(chars: *const c_char) -> String {
+    if chars.is_null() {
+        return String::new();
+    }
+    // SAFETY: the caller's promise.
+    unsafe { CStr::from_ptr(chars) }
+        .to_string_lossy()
+        .into_owned()
+}
+
+/// Bytes at an address that is a multiple of 16, which a TFLite file's tensors are laid out for.
+struct AlignedBytes {
+    blocks: Box<[Block]>,
+    len: usize,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C, align(16))]
+struct Block([u8; 16]);
+
+impl AlignedBytes {
+    fn copy_of(bytes: &[u8]) -> Self {
+        let blocks = bytes
+            .chunks(16)
+            .map(|chunk| {
+                let mut block = Block([0; 16]);
+                block.0[..chunk.len()].copy_from_slice(chunk);
+                block
+            })
+            .collect();
+        Self {
+            blocks,
+            len: bytes.len(),
+        }
+    }
+
+    fn as_ptr(&self) -> *const u8 {
+        self.blocks.as_ptr().cast()
+    }
+}

@@ -1,0 +1,526 @@
+//! The published JSON: wire types, topics and event ids. Domain types are turned into these and nothing else is sent.
+//!
+//! Nothing here can hold a patient name, a UID or a file name: ids come in as [`Pseudonym`]s only.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde::Serialize;
+
+use crate::imaging::decode::SourceKind;
+use crate::prediction::{Classified, Decision, RejectReason, Roi, Timings};
+use crate::scan::{Pseudonym, PseudonymKey, ScanId};
+
+/// In every payload that speaks of an image.
+pub const NOTICE: &str = "research use only, not for diagnosis";
+
+/// Milliseconds, rounded to the microsecond, for the wire.
+pub fn millis(duration: std::time::Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// RFC 3339, UTC, milliseconds.
+pub fn rfc3339(time: jiff::Timestamp) -> String {
+    format!("{time:.3}")
+}
+
+/// RFC 3339, UTC, from seconds since 1970.
+pub fn rfc3339_seconds(seconds: i64) -> String {
+    jiff::Timestamp::from_second(seconds).map_or_else(|_| String::new(), |time| time.to_string())
+}
+
+/// Who speaks: part of every payload, and of every topic.
+#[derive(Debug, Clone)]
+pub struct Sender {
+    /// `<prefix>/<site>/<device>`.
+    pub topic_base: String,
+    /// `device.id`.
+    pub device: String,
+    /// `device.site`.
+    pub site: String,
+}
+
+impl Sender {
+    /// The sender that the configuration names.
+    pub fn new(config: &crate::config::Config) -> Self {
+        let (device, site) = (config.device.id.clone(), config.device.site.clone());
+        Self {
+            topic_base: format!("{}/{site}/{device}", config.mqtt.topic_prefix),
+            device,
+            site,
+        }
+    }
+
+    /// The topic of a kind of message.
+    pub fn topic(&self, kind: &str) -> String {
+        format!("{}/{kind}", self.topic_base)
+    }
+}
+
+/// The model that made a prediction.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ModelRef {
+    /// Name in the manifest.
+    pub name: String,
+    /// Version in the manifest.
+    pub version: String,
+    /// SHA-256 of the model file, hex.
+    pub sha256: String,
+}
+
+/// A code with a line for people.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Reason {
+    /// Stable machine-readable code.
+    pub code: &'static str,
+    /// One line.
+    pub message: String,
+}
+
+impl From<&RejectReason> for Reason {
+    fn from(reason: &RejectReason) -> Self {
+        Self {
+            code: reason.code.as_str(),
+            message: reason.message.clone(),
+        }
+    }
+}
+
+/// Payload of `<base>/result`: one picture (a file, or one frame of a multi-frame file).
+#[derive(Debug, Clone, Serialize)]
+pub struct ResultMessage<'a> {
+    /// `scansentry/result/1`.
+    pub schema: &'static str,
+    /// The same in every resend.
+    pub event_id: Pseudonym,
+    /// The same for the same bytes.
+    pub scan_id: ScanId,
+    /// Which study the picture belongs to.
+    pub study_id: Pseudonym,
+    /// Frame of a multi-frame file, from 1; null for single pictures.
+    pub frame: Option<u32>,
+    /// `device.id`.
+    pub device: &'a str,
+    /// `device.site`.
+    pub site: &'a str,
+    /// When the picture was taken or the file was written, UTC; null when not known.
+    pub acquired_at: Option<String>,
+    /// When it was classified, UTC.
+    pub processed_at: String,
+    /// Kind of file; null when it is not an image.
+    pub source: Option<SourceKind>,
+    /// The model.
+    pub model: &'a ModelRef,
+    /// `classified`, `rejected` or `skipped`.
+    pub outcome: &'static str,
+    /// Most probable label.
+    pub label: Option<&'a str>,
+    /// Probability of the positive labels, 0-1.
+    pub probability: Option<f64>,
+    /// Probability of each label.
+    pub scores: Option<BTreeMap<&'a str, f64>>,
+    /// At or above this the decision is positive.
+    pub threshold: f64,
+    /// `positive`, `negative` or `indeterminate`; null when rejected.
+    pub decision: Option<Decision>,
+    /// The decision in words.
+    pub statement: Option<&'static str>,
+    /// Why there is no prediction.
+    pub rejected: Option<Reason>,
+    /// The part of the picture that the model saw.
+    pub roi: Option<Roi>,
+    /// What is unusual about the picture.
+    pub quality: Vec<&'static str>,
+    /// How long it took.
+    pub timings_ms: Option<Timings>,
+    /// Whether an earlier run of the daemon had begun this scan and died, or the scan was queued again.
+    pub replayed: bool,
+    /// [`NOTICE`].
+    pub notice: &'static str,
+}
+
+/// Payload of `<base>/alert`: one alert a study, with revisions.
+#[derive(Debug, Clone, Serialize)]
+pub struct AlertMessage<'a> {
+    /// `scansentry/alert/1`.
+    pub schema: &'static str,
+    /// The same in every resend.
+    pub event_id: Pseudonym,
+    /// The same in every revision of this alert.
+    pub alert_id: Pseudonym,
+    /// 1 when raised, then counting up.
+    pub revision: u64,
+    /// `raised`, `updated` or `closed`.
+    pub state: &'static str,
+    /// The study.
+    pub study_id: Pseudonym,
+    /// `device.id`.
+    pub device: &'a str,
+    /// `device.site`.
+    pub site: &'a str,
+    /// When this revision was made, UTC.
+    pub at: String,
+    /// Pictures in the study so far.
+    pub images: u64,
+    /// Positive ones among them.
+    pub positives: u64,
+    /// Highest probability.
+    pub max_probability: Option<f64>,
+    /// The scan that has it.
+    pub top_scan_id: Option<ScanId>,
+    /// At or above this a picture is positive.
+    pub threshold: f64,
+    /// The model.
+    pub model: &'a ModelRef,
+    /// The alert in words.
+    pub statement: &'static str,
+    /// [`NOTICE`].
+    pub notice: &'static str,
+}
+
+/// Payload of `<base>/study`: the summary when a study has been quiet.
+#[derive(Debug, Clone, Serialize)]
+pub struct StudyMessage<'a> {
+    /// `scansentry/study/1`.
+    pub schema: &'static str,
+    /// The same in every resend.
+    pub event_id: Pseudonym,
+    /// The study.
+    pub study_id: Pseudonym,
+    /// `device.id`.
+    pub device: &'a str,
+    /// `device.site`.
+    pub site: &'a str,
+    /// First picture, UTC.
+    pub opened_at: String,
+    /// Last picture, UTC.
+    pub last_at: String,
+    /// Pictures, rejected ones included.
+    pub images: u64,
+    /// Positive ones among them.
+    pub positives: u64,
+    /// Rejected ones among them.
+    pub rejected: u64,
+    /// Highest probability.
+    pub max_probability: Option<f64>,
+    /// The scan that has it.
+    pub top_scan_id: Option<ScanId>,
+    /// The model.
+    pub model: &'a ModelRef,
+    /// [`NOTICE`].
+    pub notice: &'static str,
+}
+
+/// Payload of `<base>/health`, retained.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct HealthMessage<'a> {
+    /// `scansentry/health/1`.
+    pub schema: &'static str,
+    /// `device.id`.
+    pub device: &'a str,
+    /// `device.site`.
+    pub site: &'a str,
+    /// When, UTC.
+    pub at: String,
+    /// `ok` or `degraded`.
+    pub state: &'static str,
+    /// Why degraded; empty when ok.
+    pub conditions: Vec<ConditionMessage>,
+    /// Files waiting and messages waiting.
+    pub backlog: Backlog,
+    /// Totals of the ledger.
+    pub counts: Counts,
+    /// When the daemon started, UTC.
+    pub started_at: String,
+    /// Version of the program.
+    pub version: &'static str,
+    /// The model.
+    pub model: &'a ModelRef,
+    /// The runtime that runs it.
+    pub engine: &'a str,
+}
+
+/// Totals of the ledger.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    /// Scans with a prediction.
+    pub classified: u64,
+    /// Of these, positive.
+    pub positive: u64,
+    /// Of these, indeterminate.
+    pub indeterminate: u64,
+    /// Scans that were rejected.
+    pub rejected: u64,
+    /// Scans that hold no image and were left alone.
+    pub skipped: u64,
+    /// Messages that the broker acknowledged.
+    pub delivered: u64,
+    /// Messages that still wait.
+    pub outbox: u64,
+    /// When the oldest waiting message was recorded, seconds since 1970.
+    pub oldest_outbox: Option<i64>,
+}
+
+/// One reason for being degraded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ConditionMessage {
+    /// Stable machine-readable code.
+    pub code: &'static str,
+    /// Since when, UTC.
+    pub since: String,
+    /// One line.
+    pub message: String,
+}
+
+/// What waits.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct Backlog {
+    /// Files noticed and not finished (the folder may hold more that were not looked at yet).
+    pub files: u64,
+    /// Messages that the broker has not acknowledged.
+    pub messages: u64,
+}
+
+/// A study as the ledger has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StudyState {
+    /// Its id.
+    pub study_id: Pseudonym,
+    /// First image, seconds since 1970.
+    pub opened_at: i64,
+    /// Last image, seconds since 1970.
+    pub last_at: i64,
+    /// Pictures, rejected ones included.
+    pub images: u64,
+    /// Positive pictures.
+    pub positives: u64,
+    /// Rejected pictures.
+    pub rejected: u64,
+    /// Highest probability.
+    pub max_probability: Option<f64>,
+    /// The scan with the highest probability.
+    pub top_scan: Option<ScanId>,
+    /// Alert messages so far; 0 means that no alert was raised.
+    pub alert_revision: u64,
+}
+
+/// What is to be said about a study's alert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AlertChange {
+    /// The first positive picture.
+    Raised,
+    /// More positive pictures since the last message.
+    Updated,
+    /// The study has been quiet.
+    Closed,
+}
+
+/// An encoded message on its way to the broker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutboxMessage {
+    /// Position in the outbox; 0 before it is stored.
+    pub seq: i64,
+    /// Stable across resends.
+    pub event_id: Pseudonym,
+    /// Full topic.
+    pub topic: String,
+    /// The bytes to send.
+    pub payload: Vec<u8>,
+}
+
+impl AlertChange {
+    /// The state as it is published.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Raised => "raised",
+            Self::Updated => "updated",
+            Self::Closed => "closed",
+        }
+    }
+}
+
+/// One picture of a scan, on its way into a message.
+#[derive(Debug)]
+pub struct Picture {
+    /// Frame number from 1 in a multi-frame file.
+    pub frame: Option<u32>,
+    /// What became of it.
+    pub outcome: Result<Classified, RejectReason>,
+}
+
+/// A scan with all its pictures, on its way into messages.
+#[derive(Debug)]
+pub struct Examined {
+    /// Whose outcome.
+    pub scan_id: ScanId,
+    /// Which claim this was, 1 the first.
+    pub attempt: u32,
+    /// Kind of file; `None` when it is not an image.
+    pub kind: Option<SourceKind>,
+    /// When the picture was taken or the file was written, as published.
+    pub acquired_at: Option<String>,
+    /// At least one.
+    pub pictures: Vec<Picture>,
+}
+
+/// `classified`, `rejected` or `skipped`, as published.
+pub fn outcome_word(classified: bool, reason: Option<&RejectReason>) -> &'static str {
+    match reason {
+        _ if classified => "classified",
+        Some(reason) if reason.code.is_skip() => "skipped",
+        _ => "rejected",
+    }
+}
+
+/// Turns what happened into messages: who speaks, about which model, under which pseudonyms.
+#[derive(Debug)]
+pub struct Reporter {
+    /// Who speaks.
+    pub sender: Sender,
+    /// The appliance's key.
+    pub key: PseudonymKey,
+    /// The model.
+    pub model: Arc<ModelRef>,
+    /// Its labels.
+    pub labels: Vec<String>,
+    /// At or above this a picture is positive.
+    pub threshold: f64,
+}
+
+impl Reporter {
+    /// The results of a scan, one for each picture.
+    pub fn results(&self, examined: &Examined, study_id: Pseudonym) -> Vec<OutboxMessage> {
+        examined
+            .pictures
+            .iter()
+            .map(|picture| self.result(examined, picture, study_id))
+            .collect()
+    }
+
+    fn result(&self, examined: &Examined, picture: &Picture, study_id: Pseudonym) -> OutboxMessage {
+        let found = picture.outcome.as_ref().ok();
+        let rejected = picture.outcome.as_ref().err();
+        let prediction = found.map(|c| &c.prediction);
+        let event_id = self.event_id(
+            "result",
+            examined.scan_id,
+            u64::from(picture.frame.unwrap_or(0)),
+        );
+        let payload = ResultMessage {
+            schema: "scansentry/result/1",
+            event_id,
+            scan_id: examined.scan_id,
+            study_id,
+            frame: picture.frame,
+            device: &self.sender.device,
+            site: &self.sender.site,
+            acquired_at: examined.acquired_at.clone(),
+            processed_at: rfc3339(jiff::Timestamp::now()),
+            source: examined.kind,
+            model: &self.model,
+            outcome: outcome_word(found.is_some(), rejected),
+            label: prediction.map(|p| self.labels[p.label].as_str()),
+            probability: prediction.map(|p| p.probability),
+            scores: prediction.map(|p| self.scores(&p.scores)),
+            threshold: self.threshold,
+            decision: prediction.map(|p| p.decision),
+            statement: prediction.map(|p| p.decision.statement()),
+            rejected: rejected.map(Reason::from),
+            roi: found.map(|c| c.roi),
+            quality: found.map_or_else(Vec::new, |c| c.quality.clone()),
+            timings_ms: found.map(|c| c.timings),
+            replayed: examined.attempt > 1,
+            notice: NOTICE,
+        };
+        self.outbox_message("result", event_id, &payload)
+    }
+
+    /// Scores by label.
+    pub fn scores(&self, scores: &[f64]) -> BTreeMap<&str, f64> {
+        self.labels
+            .iter()
+            .map(String::as_str)
+            .zip(scores.iter().copied())
+            .collect()
+    }
+
+    /// A change of a study's alert.
+    pub fn alert(&self, study: &StudyState, change: AlertChange) -> OutboxMessage {
+        let event_id = self.event_id("alert", study.study_id, study.alert_revision);
+        let payload = AlertMessage {
+            schema: "scansentry/alert/1",
+            event_id,
+            alert_id: self.key.pseudonym("alert", &[&study.study_id.0]),
+            revision: study.alert_revision,
+            state: change.as_str(),
+            study_id: study.study_id,
+            device: &self.sender.device,
+            site: &self.sender.site,
+            at: rfc3339(jiff::Timestamp::now()),
+            images: study.images,
+            positives: study.positives,
+            max_probability: study.max_probability,
+            top_scan_id: study.top_scan,
+            threshold: self.threshold,
+            model: &self.model,
+            statement: Decision::Positive.statement(),
+            notice: NOTICE,
+        };
+        self.outbox_message("alert", event_id, &payload)
+    }
+
+    /// The summary of a study that has been quiet.
+    pub fn study(&self, study: &StudyState) -> OutboxMessage {
+        // A DICOM study may be continued after it was closed; each closing is an event of its own.
+        let event_id = self.event_id("study", study.study_id, study.images);
+        let payload = StudyMessage {
+            schema: "scansentry/study/1",
+            event_id,
+            study_id: study.study_id,
+            device: &self.sender.device,
+            site: &self.sender.site,
+            opened_at: rfc3339_seconds(study.opened_at),
+            last_at: rfc3339_seconds(study.last_at),
+            images: study.images,
+            positives: study.positives,
+            rejected: study.rejected,
+            max_probability: study.max_probability,
+            top_scan_id: study.top_scan,
+            model: &self.model,
+            notice: NOTICE,
+        };
+        self.outbox_message("study", event_id, &payload)
+    }
+
+    /// The same whenever the same event is encoded, so that subscribers can drop duplicates.
+    fn event_id(&self, kind: &str, subject: Pseudonym, number: u64) -> Pseudonym {
+        self.key.pseudonym(
+            "event",
+            &[
+                kind.as_bytes(),
+                &subject.0,
+                self.model.sha256.as_bytes(),
+                &number.to_le_bytes(),
+            ],
+        )
+    }
+
+    fn outbox_message(
+        &self,
+        kind: &str,
+        event_id: Pseudonym,
+        payload: &impl Serialize,
+    ) -> OutboxMessage {
+        OutboxMessage {
+            seq: 0,
+            event_id,
+            topic: self.sender.topic(kind),
+            payload: encode(payload),
+        }
+    }
+}
+
+/// The JSON bytes of a payload.
+pub fn encode(payload: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(payload).expect("wire types hold only strings, finite numbers and lists")
+}

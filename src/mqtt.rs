@@ -1,0 +1,461 @@
+//! MQTT: one [`Session`] is one connection with a fresh client, dropped on the first error. Nothing is kept across
+//! connections here; what must survive lies in the outbox.
+//!
+//! rumqttc's `publish` only queues, and acknowledgements come by packet id, so one task polls the event loop (it is never
+//! cancelled half-way through a poll) and matches ids with tickets: rumqttc sends in the order of the calls, so the n-th `Outgoing::Publish`
+//! belongs to the n-th ticket.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rumqttc::{TlsConfiguration, Transport, v5};
+use tokio::sync::mpsc;
+use tokio_rustls::rustls::pki_types::pem::PemObject as _;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::rustls::{self, ClientConfig, RootCertStore};
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::config::{BrokerAddress, Mqtt};
+
+/// Largest packet in or out; far above any message of ours.
+const MAX_PACKET: usize = 1 << 20;
+
+/// Requests queued inside the client besides the messages in flight: status, health, subscriptions, disconnect.
+const SPARE_REQUESTS: usize = 16;
+
+/// How to connect: the checked configuration with its files read.
+#[derive(Clone)]
+pub struct Settings {
+    address: BrokerAddress,
+    protocol: u8,
+    client_id: String,
+    login: Option<(String, String)>,
+    tls: Option<Arc<ClientConfig>>,
+    keep_alive: Duration,
+    connect_timeout: Duration,
+    inflight: u16,
+    will: Option<(String, &'static [u8])>,
+}
+
+impl std::fmt::Debug for Settings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Settings({} as {})", self.broker(), self.client_id)
+    }
+}
+
+/// A setting that cannot be used: one line `key: value; hint`.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct SettingsError(String);
+
+impl Settings {
+    /// Reads the password and certificate files that `mqtt` names. `default_client_id` serves where none is configured.
+    pub fn new(mqtt: &Mqtt, default_client_id: &str) -> Result<Self, SettingsError> {
+        let address = mqtt.address().map_err(SettingsError)?;
+        let login = if mqtt.username.is_empty() {
+            None
+        } else {
+            let password = if mqtt.password_file.is_empty() {
+                String::new()
+            } else {
+                let text = std::fs::read_to_string(&mqtt.password_file)
+                    .map_err(|e| unreadable("password_file", &mqtt.password_file, &e))?;
+                text.trim_end_matches(['\r', '\n']).to_owned()
+            };
+            Some((mqtt.username.clone(), password))
+        };
+        let tls = address
+            .tls
+            .then(|| tls_config(mqtt))
+            .transpose()?
+            .map(Arc::new);
+        let client_id = if mqtt.client_id.is_empty() {
+            default_client_id.to_owned()
+        } else {
+            mqtt.client_id.clone()
+        };
+        Ok(Self {
+            address,
+            protocol: mqtt.protocol,
+            client_id,
+            login,
+            tls,
+            keep_alive: Duration::from_secs(mqtt.keep_alive_s),
+            connect_timeout: Duration::from_secs(mqtt.connect_timeout_s),
+            inflight: mqtt.inflight,
+            will: None,
+        })
+    }
+
+    /// The same with a retained last will.
+    #[must_use]
+    pub fn with_will(mut self, topic: String, payload: &'static [u8]) -> Self {
+        self.will = Some((topic, payload));
+        self
+    }
+
+    /// The same under another client id.
+    #[must_use]
+    pub fn with_client_id(mut self, client_id: String) -> Self {
+        self.client_id = client_id;
+        self
+    }
+
+    /// `host:port` for messages.
+    pub fn broker(&self) -> String {
+        format!("{}:{}", self.address.host, self.address.port)
+    }
+
+    fn host(&self) -> String {
+        // rumqttc joins host and port with a colon, so a bare IPv6 address needs its brackets.
+        if self.address.host.contains(':') && !self.address.tls {
+            format!("[{}]", self.address.host)
+        } else {
+            self.address.host.clone()
+        }
+    }
+
+    fn transport(&self) -> Transport {
+        self.tls.as_ref().map_or(Transport::Tcp, |tls| {
+            Transport::Tls(TlsConfiguration::Rustls(tls.clone()))
+        })
+    }
+}
+
+fn unreadable(key: &str, path: &str, error: &dyn std::fmt::Display) -> SettingsError {
+    SettingsError(format!(
+        "mqtt.{key}: {path} cannot be used ({error}); check the path, its owner and its content"
+    ))
+}
+
+fn tls_config(mqtt: &Mqtt) -> Result<ClientConfig, SettingsError> {
+    let mut roots = RootCertStore::empty();
+    if mqtt.ca_file.is_empty() {
+        let found = rustls_native_certs::load_native_certs();
+        roots.add_parsable_certificates(found.certs);
+        if roots.is_empty() {
+            return Err(SettingsError("mqtt.ca_file: is not set and the system has no trusted certificates; install ca-certificates or set it".into()));
+        }
+    } else {
+        for certificate in certificates("ca_file", &mqtt.ca_file)? {
+            roots
+                .add(certificate)
+                .map_err(|e| unreadable("ca_file", &mqtt.ca_file, &e))?;
+        }
+    }
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("ring supports the default protocol versions")
+        .with_root_certificates(roots);
+    if mqtt.cert_file.is_empty() {
+        return Ok(builder.with_no_client_auth());
+    }
+    let chain = certificates("cert_file", &mqtt.cert_file)?;
+    let key = PrivateKeyDer::from_pem_file(Path::new(&mqtt.key_file))
+        .map_err(|e| unreadable("key_file", &mqtt.key_file, &e))?;
+    builder
+        .with_client_auth_cert(chain, key)
+        .map_err(|e| unreadable("cert_file", &mqtt.cert_file, &e))
+}
+
+fn certificates(key: &str, path: &str) -> Result<Vec<CertificateDer<'static>>, SettingsError> {
+    let found: Result<Vec<_>, _> =
+        CertificateDer::pem_file_iter(Path::new(path)).and_then(Iterator::collect);
+    match found {
+        Ok(list) if list.is_empty() => Err(unreadable(key, path, &"no certificate in it")),
+        Ok(list) => Ok(list),
+        Err(error) => Err(unreadable(key, path, &error)),
+    }
+}
+
+/// Names one published message within its session.
+pub type Ticket = u64;
+
+/// What happened on a connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// The broker accepted the connection.
+    Connected,
+    /// The broker has the message.
+    Acked(Ticket),
+    /// The broker does not take the message.
+    Refused(Ticket, String),
+    /// A message on a subscribed topic.
+    Message {
+        /// Its topic.
+        topic: String,
+        /// Its bytes.
+        payload: Vec<u8>,
+        /// Whether it was kept by the broker from before.
+        retained: bool,
+    },
+    /// The connection is gone, and this session with it.
+    Lost(String),
+}
+
+/// The session is gone.
+#[derive(Debug, thiserror::Error)]
+#[error("connection to the broker is gone")]
+pub struct Gone;
+
+enum Client {
+    V4(rumqttc::AsyncClient),
+    V5(v5::AsyncClient),
+}
+
+/// One connection, or the attempt at one.
+pub struct Session {
+    client: Client,
+    events: mpsc::UnboundedReceiver<Event>,
+    next: Ticket,
+    // Polls the event loop; ends with the session.
+    _poller: AbortOnDropHandle<()>,
+}
+
+impl Session {
+    /// Begins to connect; [`Event::Connected`] or [`Event::Lost`] comes first.
+    pub fn open(settings: &Settings) -> Self {
+        // Unbounded, because a bounded channel could stop the poller while this side waits for the poller. What can gather is bounded all
+        // the same: acknowledgements by the messages in flight, and incoming messages by QoS 1 and the broker's own window.
+        let (events_tx, events) = mpsc::unbounded_channel();
+        let requests = usize::from(settings.inflight) + SPARE_REQUESTS;
+        let (client, poller) = if settings.protocol == 4 {
+            let mut options = rumqttc::MqttOptions::new(
+                &settings.client_id,
+                settings.host(),
+                settings.address.port,
+            );
+            options
+                .set_keep_alive(settings.keep_alive)
+                .set_clean_session(true)
+                .set_inflight(settings.inflight);
+            options
+                .set_max_packet_size(MAX_PACKET, MAX_PACKET)
+                .set_transport(settings.transport());
+            if let Some((user, password)) = &settings.login {
+                options.set_credentials(user, password);
+            }
+            if let Some((topic, payload)) = &settings.will {
+                options.set_last_will(rumqttc::LastWill::new(
+                    topic,
+                    payload.to_vec(),
+                    rumqttc::QoS::AtLeastOnce,
+                    true,
+                ));
+            }
+            let (client, mut event_loop) = rumqttc::AsyncClient::new(options, requests);
+            let mut network = event_loop.network_options();
+            network
+                .set_connection_timeout(settings.connect_timeout.as_secs())
+                .set_tcp_nodelay(true);
+            event_loop.set_network_options(network);
+            (
+                Client::V4(client),
+                tokio::spawn(poll_v4(event_loop, events_tx)),
+            )
+        } else {
+            let mut options =
+                v5::MqttOptions::new(&settings.client_id, settings.host(), settings.address.port);
+            options
+                .set_keep_alive(settings.keep_alive)
+                .set_clean_start(true)
+                .set_transport(settings.transport());
+            options.set_connection_timeout(settings.connect_timeout.as_secs());
+            options.set_outgoing_inflight_upper_limit(settings.inflight);
+            options.set_max_packet_size(Some(MAX_PACKET as u32));
+            let mut network = options.network_options();
+            network
+                .set_connection_timeout(settings.connect_timeout.as_secs())
+                .set_tcp_nodelay(true);
+            options.set_network_options(network);
+            if let Some((user, password)) = &settings.login {
+                options.set_credentials(user, password);
+            }
+            if let Some((topic, payload)) = &settings.will {
+                options.set_last_will(v5::mqttbytes::v5::LastWill::new(
+                    topic,
+                    payload.to_vec(),
+                    v5::mqttbytes::QoS::AtLeastOnce,
+                    true,
+                    None,
+                ));
+            }
+            let (client, event_loop) = v5::AsyncClient::new(options, requests);
+            (
+                Client::V5(client),
+                tokio::spawn(poll_v5(event_loop, events_tx)),
+            )
+        };
+        Self {
+            client,
+            events,
+            next: 0,
+            _poller: AbortOnDropHandle::new(poller),
+        }
+    }
+
+    /// The next event. After [`Event::Lost`] there is none.
+    pub async fn next(&mut self) -> Event {
+        self.events
+            .recv()
+            .await
+            .unwrap_or_else(|| Event::Lost("the connection has ended".into()))
+    }
+
+    /// An event that is already there.
+    pub fn try_next(&mut self) -> Option<Event> {
+        self.events.try_recv().ok()
+    }
+
+    /// Queues a message with QoS 1. The caller keeps the number of unacknowledged messages at or below `mqtt.inflight`.
+    pub async fn publish(
+        &mut self,
+        topic: &str,
+        payload: Vec<u8>,
+        retain: bool,
+        json: bool,
+    ) -> Result<Ticket, Gone> {
+        match &self.client {
+            Client::V4(client) => {
+                client
+                    .publish(topic, rumqttc::QoS::AtLeastOnce, retain, payload)
+                    .await
+                    .map_err(|_| Gone)?;
+            }
+            Client::V5(client) => {
+                let properties = v5::mqttbytes::v5::PublishProperties {
+                    payload_format_indicator: Some(1),
+                    content_type: json.then(|| "application/json".into()),
+                    ..Default::default()
+                };
+                client
+                    .publish_with_properties(
+                        topic,
+                        v5::mqttbytes::QoS::AtLeastOnce,
+                        retain,
+                        payload,
+                        properties,
+                    )
+                    .await
+                    .map_err(|_| Gone)?;
+            }
+        }
+        let ticket = self.next;
+        self.next += 1;
+        Ok(ticket)
+    }
+
+    /// Asks for the messages of a topic filter, QoS 1.
+    pub async fn subscribe(&mut self, filter: &str) -> Result<(), Gone> {
+        match &self.client {
+            Client::V4(client) => client
+                .subscribe(filter, rumqttc::QoS::AtLeastOnce)
+                .await
+                .map_err(|_| Gone),
+            Client::V5(client) => client
+                .subscribe(filter, v5::mqttbytes::QoS::AtLeastOnce)
+                .await
+                .map_err(|_| Gone),
+        }
+    }
+
+    /// Says goodbye, so that the broker does not publish the last will, and waits until the connection has ended.
+    pub async fn close(mut self, patience: Duration) {
+        let sent = match &self.client {
+            Client::V4(client) => client.try_disconnect().is_ok(),
+            Client::V5(client) => client.try_disconnect().is_ok(),
+        };
+        if sent {
+            let _ = tokio::time::timeout(patience, async {
+                while !matches!(self.next().await, Event::Lost(_)) {}
+            })
+            .await;
+        }
+    }
+}
+
+/// Pairs packet ids with tickets: ids in the order in which they were sent, tickets counting up.
+#[derive(Default)]
+struct Tickets {
+    next: Ticket,
+    by_packet: HashMap<u16, Ticket>,
+}
+
+impl Tickets {
+    fn sent(&mut self, packet: u16) {
+        self.by_packet.insert(packet, self.next);
+        self.next += 1;
+    }
+
+    fn acked(&mut self, packet: u16) -> Option<Ticket> {
+        self.by_packet.remove(&packet)
+    }
+}
+
+async fn poll_v4(mut event_loop: rumqttc::EventLoop, events: mpsc::UnboundedSender<Event>) {
+    use rumqttc::{Event as E, Outgoing, Packet};
+    let mut tickets = Tickets::default();
+    loop {
+        let event = match event_loop.poll().await {
+            Ok(E::Incoming(Packet::ConnAck(_))) => Event::Connected,
+            Ok(E::Incoming(Packet::PubAck(ack))) => match tickets.acked(ack.pkid) {
+                Some(ticket) => Event::Acked(ticket),
+                None => continue,
+            },
+            Ok(E::Incoming(Packet::Publish(message))) => Event::Message {
+                topic: message.topic,
+                payload: message.payload.to_vec(),
+                retained: message.retain,
+            },
+            Ok(E::Outgoing(Outgoing::Publish(packet))) => {
+                tickets.sent(packet);
+                continue;
+            }
+            Ok(E::Outgoing(Outgoing::Disconnect)) => Event::Lost("closed".into()),
+            Ok(_) => continue,
+            Err(error) => Event::Lost(error.to_string()),
+        };
+        let last = matches!(event, Event::Lost(_));
+        if events.send(event).is_err() || last {
+            return;
+        }
+    }
+}
+
+async fn poll_v5(mut event_loop: v5::EventLoop, events: mpsc::UnboundedSender<Event>) {
+    use rumqttc::Outgoing;
+    use v5::Event as E;
+    use v5::mqttbytes::v5::{Packet, PubAckReason};
+    let mut tickets = Tickets::default();
+    loop {
+        let event = match event_loop.poll().await {
+            Ok(E::Incoming(Packet::ConnAck(_))) => Event::Connected,
+            Ok(E::Incoming(Packet::PubAck(ack))) => match (tickets.acked(ack.pkid), ack.reason) {
+                (None, _) => continue,
+                (Some(ticket), PubAckReason::Success | PubAckReason::NoMatchingSubscribers) => {
+                    Event::Acked(ticket)
+                }
+                (Some(ticket), reason) => Event::Refused(ticket, format!("{reason:?}")),
+            },
+            Ok(E::Incoming(Packet::Publish(message))) => Event::Message {
+                topic: String::from_utf8_lossy(&message.topic).into_owned(),
+                payload: message.payload.to_vec(),
+                retained: message.retain,
+            },
+            Ok(E::Outgoing(Outgoing::Publish(packet))) => {
+                tickets.sent(packet);
+                continue;
+            }
+            Ok(E::Outgoing(Outgoing::Disconnect)) => Event::Lost("closed".into()),
+            Ok(_) => continue,
+            Err(error) => Event::Lost(error.to_string()),
+        };
+        let last = matches!(event, Event::Lost(_));
+        if events.send(event).is_err() || last {
+            return;
+        }
+    }
+}

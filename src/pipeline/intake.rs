@@ -1,0 +1,487 @@
+//! The intake: decides which file is looked at when. One task, owner of every list.
+//!
+//! ```text
+//!             Changed, found young by a walk            quiet for settle_ms
+//! (folder) ──────────────────────────────▶ settling ─────────────────────▶ ready ──▶ in a worker ──▶ (done)
+//!     │     Complete (closed, renamed in), found old by a walk              ▲             │
+//!     └─────────────────────────────────────────────────────────────────────┘             │ not complete yet
+//!                                          settling (deferred) ◀──────────────────────────┘
+//! ```
+//!
+//! Every list is bounded. What does not fit is forgotten on purpose, and a walk is due: the folder is the backlog.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc as std_mpsc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::{Candidate, Disposition, Report};
+use crate::config::Config;
+use crate::health::{Condition, Health};
+use crate::scan::{ScanFile, Stamp};
+use crate::store::{Store, free_bytes};
+use crate::watch::{self, Hint};
+
+/// Files that may be settling at the same time.
+const SETTLING: usize = 4096;
+
+/// Sub-folders that may wait for a walk of their own before a walk of everything takes their place.
+const SUBFOLDERS: usize = 64;
+
+/// How often room on the disk and in the outbox is looked at.
+const ROOM_CHECK: Duration = Duration::from_secs(1);
+
+/// Pause after the ledger could not be written.
+const BLOCKED_PAUSE: Duration = Duration::from_secs(1);
+
+/// The intake stopped for a reason that is a defect.
+#[derive(Debug, thiserror::Error)]
+pub enum IntakeError {
+    /// A worker's thread ended by itself.
+    #[error("worker {0} ended unexpectedly")]
+    WorkerDied(usize),
+    /// Nobody sends hints or reports any more.
+    #[error("a part of the daemon that the intake depends on has ended")]
+    Orphaned,
+}
+
+/// What the intake works with.
+pub struct Intake {
+    config: Arc<Config>,
+    store: Store,
+    health: Health,
+    backlog: Arc<AtomicU64>,
+    workers: Vec<std_mpsc::SyncSender<Candidate>>,
+    idle: Vec<usize>,
+    ready: VecDeque<Candidate>,
+    /// Paths in `ready` or in a worker.
+    taken: HashSet<PathBuf>,
+    /// Taken paths that changed meanwhile.
+    again: HashSet<PathBuf>,
+    settling: HashMap<PathBuf, Settling>,
+    walks: Walks,
+    polling: bool,
+    paused_until: Instant,
+    low_space: bool,
+    no_room: bool,
+    pruned_day: i64,
+}
+
+/// A file that may still be written.
+#[derive(Debug, Clone, Copy)]
+struct Settling {
+    /// What was seen last; `None` before the first look.
+    stamp: Option<Stamp>,
+    /// Since when it has looked like that.
+    since: Instant,
+    /// Whether a worker has found it incomplete under `stamp`.
+    deferred: bool,
+}
+
+#[derive(Default)]
+struct Walks {
+    running: Option<Walk>,
+    full_due: bool,
+    subfolders: VecDeque<PathBuf>,
+    next_full: Option<Instant>,
+}
+
+struct Walk {
+    chunks: mpsc::Receiver<Vec<ScanFile>>,
+    full: bool,
+}
+
+type Looks = Vec<(PathBuf, Option<Stamp>)>;
+
+impl Intake {
+    /// An intake in front of `workers`. It reports how many files it holds through `backlog`.
+    pub fn new(
+        config: Arc<Config>,
+        store: Store,
+        health: Health,
+        backlog: Arc<AtomicU64>,
+        workers: Vec<std_mpsc::SyncSender<Candidate>>,
+    ) -> Self {
+        let idle = (0..workers.len()).rev().collect();
+        Self {
+            config,
+            store,
+            health,
+            backlog,
+            workers,
+            idle,
+            ready: VecDeque::new(),
+            taken: HashSet::new(),
+            again: HashSet::new(),
+            settling: HashMap::new(),
+            walks: Walks::default(),
+            polling: false,
+            paused_until: Instant::now(),
+            low_space: false,
+            no_room: false,
+            pruned_day: 0,
+        }
+    }
+
+    /// Runs until `stop`; then waits for the files that are in a worker, and ends, and the workers with it.
+    pub async fn run(
+        mut self,
+        mut hints: mpsc::Receiver<Hint>,
+        mut reports: mpsc::UnboundedReceiver<Report>,
+        stop: CancellationToken,
+    ) -> Result<(), IntakeError> {
+        let mut looking: Option<JoinHandle<Looks>> = None;
+        let mut look_at = tokio::time::interval(self.look_interval());
+        look_at.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut room_check = tokio::time::interval(ROOM_CHECK);
+        room_check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            self.dispatch();
+            self.begin_walk();
+            self.backlog.store(
+                (self.taken.len() + self.settling.len()) as u64,
+                Ordering::Relaxed,
+            );
+            let walk_wanted = self.ready.len() < self.config.limits.queue;
+            tokio::select! {
+                () = stop.cancelled() => break,
+                hint = hints.recv() => self.hint(hint.ok_or(IntakeError::Orphaned)?),
+                report = reports.recv() => self.report(report.ok_or(IntakeError::Orphaned)?)?,
+                chunk = next_chunk(&mut self.walks.running), if walk_wanted => self.walked(chunk).await,
+                looks = async { looking.as_mut().expect("guarded").await }, if looking.is_some() => {
+                    looking = None;
+                    self.looked(looks.unwrap_or_default());
+                }
+                _ = look_at.tick(), if looking.is_none() && !self.settling.is_empty() => looking = Some(self.look()),
+                _ = room_check.tick() => self.check_room().await,
+                () = tokio::time::sleep_until(self.paused_until), if self.paused_until > Instant::now() => {}
+                () = sleep_until_some(self.walks.next_full) => self.walks.full_due = true,
+            }
+        }
+        let busy = self.workers.len() - self.idle.len();
+        for _ in 0..busy {
+            let report = reports.recv().await.ok_or(IntakeError::Orphaned)?;
+            self.report(report)?;
+        }
+        Ok(())
+    }
+
+    fn look_interval(&self) -> Duration {
+        (self.config.watch.settle() / 4)
+            .clamp(Duration::from_millis(20), Duration::from_millis(500))
+    }
+
+    fn dispatch(&mut self) {
+        if self.no_room || self.paused_until > Instant::now() {
+            return;
+        }
+        while let Some(&worker) = self.idle.last()
+            && let Some(candidate) = self.ready.pop_front()
+        {
+            if let Err(error) = self.workers[worker].try_send(candidate) {
+                let (std_mpsc::TrySendError::Full(candidate)
+                | std_mpsc::TrySendError::Disconnected(candidate)) = error;
+                // An idle worker takes at once; if it does not, it is about to report that it died.
+                self.ready.push_front(candidate);
+                return;
+            }
+            self.idle.pop();
+        }
+    }
+
+    fn hint(&mut self, hint: Hint) {
+        match hint {
+            Hint::Complete(path) => self.ready(path, false),
+            Hint::Changed(path) => self.settle(path, None, false),
+            Hint::Folder(path) => {
+                if self.walks.subfolders.len() < SUBFOLDERS {
+                    self.walks.subfolders.push_back(path);
+                } else {
+                    self.walks.full_due = true;
+                }
+            }
+            Hint::Present { polling } => {
+                self.polling = polling;
+                self.walks.full_due = true;
+            }
+            Hint::Overflow => self.walks.full_due = true,
+        }
+    }
+
+    /// Queues a file for the workers.
+    fn ready(&mut self, path: PathBuf, last_chance: bool) {
+        if self.taken.contains(&path) {
+            if self.again.len() < SETTLING {
+                self.again.insert(path);
+            } else {
+                self.walks.full_due = true;
+            }
+            return;
+        }
+        // Room for hints beyond what walks may fill.
+        if self.ready.len() >= 2 * self.config.limits.queue {
+            self.walks.full_due = true;
+            return;
+        }
+        self.settling.remove(&path);
+        self.taken.insert(path.clone());
+        self.ready.push_back(Candidate { path, last_chance });
+    }
+
+    /// Watches a file until it is quiet.
+    fn settle(&mut self, path: PathBuf, stamp: Option<Stamp>, deferred: bool) {
+        if self.taken.contains(&path) {
+            if self.again.len() < SETTLING {
+                self.again.insert(path);
+            }
+            return;
+        }
+        if self.settling.len() >= SETTLING && !self.settling.contains_key(&path) {
+            self.walks.full_due = true;
+            return;
+        }
+        let entry = Settling {
+            stamp,
+            since: Instant::now(),
+            deferred,
+        };
+        self.settling
+            .entry(path)
+            .and_modify(|old| old.deferred |= deferred)
+            .or_insert(entry);
+    }
+
+    fn report(&mut self, report: Report) -> Result<(), IntakeError> {
+        let Report {
+            worker,
+            path,
+            disposition,
+        } = report;
+        if disposition == Disposition::WorkerDied {
+            return Err(IntakeError::WorkerDied(worker));
+        }
+        self.idle.push(worker);
+        self.taken.remove(&path);
+        let changed = self.again.remove(&path);
+        match disposition {
+            Disposition::NotYet(stamp) => self.settle(path, stamp, true),
+            Disposition::Blocked => {
+                self.paused_until = Instant::now() + BLOCKED_PAUSE;
+                self.taken.insert(path.clone());
+                self.ready.push_front(Candidate {
+                    path,
+                    last_chance: false,
+                });
+            }
+            _ if changed => self.settle(path, None, false),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Begins a walk if one is due and none runs.
+    fn begin_walk(&mut self) {
+        if self.walks.running.is_some() {
+            return;
+        }
+        let (below, full) = if std::mem::take(&mut self.walks.full_due) {
+            self.walks.subfolders.clear();
+            self.walks.next_full = None;
+            (PathBuf::new(), true)
+        } else if let Some(folder) = self.walks.subfolders.pop_front() {
+            (folder, false)
+        } else {
+            return;
+        };
+        let (chunks_tx, chunks) = mpsc::channel(1);
+        let config = self.config.watch.clone();
+        tokio::task::spawn_blocking(move || {
+            let walked = watch::walk(&config.folder, &below, &config, &mut |chunk| {
+                chunks_tx.blocking_send(chunk).is_ok()
+            });
+            if let Err(error) = walked {
+                tracing::debug!(kind = %error.kind(), "a folder could not be walked");
+            }
+        });
+        self.walks.running = Some(Walk { chunks, full });
+    }
+
+    /// Takes a chunk of a walk, or its end.
+    async fn walked(&mut self, chunk: Option<Vec<ScanFile>>) {
+        let Some(mut files) = chunk else {
+            let full = self.walks.running.take().is_some_and(|walk| walk.full);
+            if full {
+                let pace = if self.polling {
+                    self.config.watch.poll_s
+                } else {
+                    self.config.watch.rescan_s
+                };
+                self.walks.next_full = Some(Instant::now() + Duration::from_secs(pace));
+                self.prune().await;
+            }
+            return;
+        };
+        files.retain(|file| {
+            !self.taken.contains(&file.path) && !self.settling.contains_key(&file.path)
+        });
+        if files.is_empty() {
+            return;
+        }
+        let unknown = match self
+            .store
+            .call(move |ledger| ledger.unknown(files, today()))
+            .await
+        {
+            Ok(unknown) => unknown,
+            Err(error) => {
+                self.health
+                    .raise(Condition::StateUnwritable, error.to_string());
+                self.paused_until = Instant::now() + BLOCKED_PAUSE;
+                self.walks.full_due = true;
+                return;
+            }
+        };
+        let settle = self.config.watch.settle();
+        let patience = Duration::from_secs(self.config.watch.incomplete_s);
+        for file in unknown {
+            // A time in the future (a clock that was set back) counts as just now.
+            match age(&file.stamp) {
+                Some(age) if age > settle => self.ready(file.path, age > patience),
+                _ => self.settle(file.path, Some(file.stamp), false),
+            }
+        }
+    }
+
+    /// Forgets, once a day and right after a walk of everything, what left the folder long ago. Files that are there were marked by the walk.
+    async fn prune(&mut self) {
+        let day = today();
+        if self.pruned_day == day {
+            return;
+        }
+        let before = day - i64::from(self.config.state.retention_days);
+        match self
+            .store
+            .call(move |ledger| ledger.prune(before, 1000))
+            .await
+        {
+            Ok(0) => self.pruned_day = day,
+            Ok(rows) => tracing::info!(rows, "forgot scans that left the folder long ago"),
+            Err(error) => tracing::warn!("the ledger could not be pruned: {error}"),
+        }
+    }
+
+    /// Looks at the settling files, outside this task: a file system may hang.
+    fn look(&self) -> JoinHandle<Looks> {
+        let folder = self.config.watch.folder.clone();
+        let paths: Vec<_> = self.settling.keys().cloned().collect();
+        tokio::task::spawn_blocking(move || {
+            paths
+                .into_iter()
+                .map(|path| (path.clone(), look_at(&folder, &path)))
+                .collect()
+        })
+    }
+
+    fn looked(&mut self, looks: Looks) {
+        let settle = self.config.watch.settle();
+        let patience = Duration::from_secs(self.config.watch.incomplete_s);
+        for (path, now) in looks {
+            let Some(entry) = self.settling.get_mut(&path) else {
+                continue;
+            };
+            let Some(now) = now else {
+                self.settling.remove(&path);
+                continue;
+            };
+            if entry.stamp != Some(now) {
+                *entry = Settling {
+                    stamp: Some(now),
+                    since: Instant::now(),
+                    deferred: false,
+                };
+                continue;
+            }
+            let quiet = entry.since.elapsed();
+            let deferred = entry.deferred;
+            if quiet >= patience.max(settle) {
+                self.ready(path, true);
+            } else if quiet >= settle && !deferred {
+                self.ready(path, false);
+            }
+        }
+    }
+
+    /// Stops the flow while there is no room for outcomes, and starts it again.
+    async fn check_room(&mut self) {
+        let state = &self.config.state;
+        let (dir, min_free) = (state.dir.clone(), state.min_free_bytes);
+        let free = tokio::task::spawn_blocking(move || free_bytes(&dir)).await;
+        let low = match free {
+            Ok(Ok(free)) if free < min_free => {
+                let message = format!(
+                    "{free} bytes free for the state directory, {min_free} wanted; free some space"
+                );
+                self.health.raise(Condition::StateUnwritable, message);
+                true
+            }
+            Ok(Ok(_)) if self.low_space => {
+                self.health.clear(Condition::StateUnwritable);
+                false
+            }
+            _ => false,
+        };
+        let (waiting, limit) = (self.store.outbox_len(), state.outbox_messages);
+        let full = waiting >= limit;
+        if full {
+            let message = format!(
+                "{waiting} messages wait for the broker, the limit is {limit}; no new file is started"
+            );
+            self.health.raise(Condition::OutboxFull, message);
+        } else {
+            self.health.clear(Condition::OutboxFull);
+        }
+        self.low_space = low;
+        self.no_room = low || full;
+    }
+}
+
+async fn next_chunk(walk: &mut Option<Walk>) -> Option<Vec<ScanFile>> {
+    match walk {
+        Some(walk) => walk.chunks.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until_some(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn look_at(folder: &Path, path: &Path) -> Option<Stamp> {
+    let full = folder.join(path);
+    let metadata = std::fs::metadata(&full)
+        .or_else(|_| std::fs::symlink_metadata(&full))
+        .ok()?;
+    (!metadata.is_dir()).then(|| Stamp::of(&metadata))
+}
+
+fn today() -> i64 {
+    jiff::Timestamp::now().as_second().div_euclid(86_400)
+}
+
+/// Time since the last change by the file's own times; `None` if that lies in the future.
+fn age(stamp: &Stamp) -> Option<Duration> {
+    let changed = i128::from(stamp.mtime_ns.max(stamp.ctime_ns));
+    u64::try_from(jiff::Timestamp::now().as_nanosecond() - changed)
+        .ok()
+        .map(Duration::from_nanos)
+}

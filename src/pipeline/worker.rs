@@ -1,0 +1,429 @@
+//! One worker thread: read, claim, decode, classify, record.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc as std_mpsc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, mpsc};
+
+use super::read::{Content, read};
+use super::{Candidate, Disposition, Report};
+use crate::classifier::Classifier;
+use crate::config::Config;
+use crate::health::{Condition, Health};
+use crate::imaging::decode::{Limits, Source};
+use crate::message::{Examined, Picture, Reporter, millis, outcome_word, rfc3339};
+use crate::prediction::{Decision, RejectCode, RejectReason};
+use crate::scan::{ScanFile, ScanId, Stamp, path_bytes, sha256};
+use crate::store::{Claim, NewOutcome, Store, StoreError, StudyGroup};
+
+/// Wait between two tries to write to a ledger that cannot be written.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// What all workers share.
+#[derive(Clone)]
+pub struct Context {
+    /// The checked configuration.
+    pub config: Arc<Config>,
+    /// The ledger.
+    pub store: Store,
+    /// The board of conditions.
+    pub health: Health,
+    /// Makes the messages; knows the appliance's key.
+    pub reporter: Arc<Reporter>,
+    /// Woken when there is something to publish.
+    pub outbox: Arc<Notify>,
+    /// Set when the daemon stops: a worker that waits for a writable ledger gives up.
+    pub stopping: Arc<AtomicBool>,
+}
+
+/// Starts worker number `index`; it ends when `candidates` is closed.
+pub fn spawn(
+    index: usize,
+    context: Context,
+    classifier: Classifier,
+    candidates: std_mpsc::Receiver<Candidate>,
+    reports: mpsc::UnboundedSender<Report>,
+) -> std::io::Result<std::thread::JoinHandle<()>> {
+    std::thread::Builder::new()
+        .name(format!("worker-{index}"))
+        .spawn(move || {
+            let mut worker = Worker {
+                context,
+                classifier,
+            };
+            while let Ok(candidate) = candidates.recv() {
+                let path = candidate.path.clone();
+                let disposition = catch_unwind(AssertUnwindSafe(|| worker.process(&candidate)))
+                    .unwrap_or(Disposition::WorkerDied);
+                let died = disposition == Disposition::WorkerDied;
+                if reports
+                    .send(Report {
+                        worker: index,
+                        path,
+                        disposition,
+                    })
+                    .is_err()
+                    || died
+                {
+                    return;
+                }
+            }
+        })
+}
+
+struct Worker {
+    context: Context,
+    classifier: Classifier,
+}
+
+impl Worker {
+    fn process(&mut self, candidate: &Candidate) -> Disposition {
+        let limits = &self.context.config.limits;
+        // Canonical anew each time: the folder may be another mount by now.
+        let Ok(root) = self.context.config.watch.folder.canonicalize() else {
+            return Disposition::NotYet(None);
+        };
+        let (content, stamp) = match read(&root, &candidate.path, limits.file_bytes) {
+            Content::Vanished => return Disposition::Vanished,
+            Content::Changing => return Disposition::NotYet(None),
+            Content::Rejected(reason, stamp) if may_grow(&reason) && !candidate.last_chance => {
+                tracing::debug!(code = reason.code.as_str(), "not complete yet");
+                return Disposition::NotYet(Some(stamp));
+            }
+            Content::Rejected(reason, stamp) => (Err(reason), stamp),
+            Content::Bytes(bytes, stamp) => (Ok(bytes), stamp),
+        };
+        let scan_id = self.identity(&content, &candidate.path, stamp);
+        let file = ScanFile {
+            path: candidate.path.clone(),
+            stamp,
+        };
+        let attempts = self.context.config.pipeline.attempts;
+        let claim = self
+            .context
+            .store
+            .call_blocking(move |ledger| ledger.claim(scan_id, &file, now(), attempts));
+        let attempt = match claim {
+            Ok(Claim::Run { attempt }) => attempt,
+            Ok(Claim::Known) => {
+                tracing::debug!(%scan_id, "these bytes have their outcome already");
+                return Disposition::Done;
+            }
+            Ok(Claim::InProgress) => return Disposition::Done,
+            Ok(Claim::GiveUp { deaths }) => {
+                tracing::error!(%scan_id, deaths, "rejected: the process died on it each time");
+                let reason = RejectReason::new(
+                    RejectCode::Crashed,
+                    format!("the process died {deaths} times while it worked on this file"),
+                );
+                let (examined, group) = self.rejected(scan_id, reason, &candidate.path, stamp);
+                return self.record(examined, group);
+            }
+            Err(error) => {
+                self.blocked(&error);
+                return Disposition::Blocked;
+            }
+        };
+        let start = Instant::now();
+        let (mut examined, group) = match content {
+            Ok(bytes) => self.examine(scan_id, &bytes, &candidate.path, stamp),
+            Err(reason) => self.rejected(scan_id, reason, &candidate.path, stamp),
+        };
+        examined.attempt = attempt;
+        let incomplete = examined
+            .pictures
+            .iter()
+            .any(|p| p.outcome.as_ref().is_err_and(may_grow));
+        if incomplete && !candidate.last_chance {
+            return match self
+                .context
+                .store
+                .call_blocking(move |ledger| ledger.release(scan_id))
+            {
+                Ok(()) => Disposition::NotYet(Some(stamp)),
+                Err(error) => {
+                    self.blocked(&error);
+                    Disposition::Blocked
+                }
+            };
+        }
+        log(&examined, start.elapsed());
+        self.record(examined, group)
+    }
+
+    /// By content; a file whose content cannot be had is identified by its place and stamp instead.
+    fn identity(
+        &self,
+        content: &Result<Vec<u8>, RejectReason>,
+        path: &std::path::Path,
+        stamp: Stamp,
+    ) -> ScanId {
+        match content {
+            Ok(bytes) => self
+                .context
+                .reporter
+                .key
+                .pseudonym("scan", &[&sha256(bytes)]),
+            Err(_) => self.context.reporter.key.pseudonym(
+                "place",
+                &[
+                    path_bytes(path),
+                    &stamp.size.to_le_bytes(),
+                    &stamp.ctime_ns.to_le_bytes(),
+                    &stamp.inode.to_le_bytes(),
+                ],
+            ),
+        }
+    }
+
+    fn rejected(
+        &self,
+        scan_id: ScanId,
+        reason: RejectReason,
+        path: &std::path::Path,
+        stamp: Stamp,
+    ) -> (Examined, StudyGroup) {
+        let pictures = vec![Picture {
+            frame: None,
+            outcome: Err(reason),
+        }];
+        let examined = Examined {
+            scan_id,
+            attempt: 1,
+            kind: None,
+            acquired_at: written_at(stamp),
+            pictures,
+        };
+        (examined, self.group(scan_id, path, None))
+    }
+
+    /// Decodes and classifies every frame. A panic in a decoder is contained and becomes an outcome.
+    fn examine(
+        &mut self,
+        scan_id: ScanId,
+        bytes: &[u8],
+        path: &std::path::Path,
+        stamp: Stamp,
+    ) -> (Examined, StudyGroup) {
+        match catch_unwind(AssertUnwindSafe(|| {
+            self.try_examine(scan_id, bytes, path, stamp)
+        })) {
+            Ok(Ok(examined)) => examined,
+            Ok(Err(reason)) => self.rejected(scan_id, reason, path, stamp),
+            Err(_) => {
+                tracing::error!(%scan_id, "a defect in the program was contained; please report it");
+                self.rejected(
+                    scan_id,
+                    RejectReason::new(
+                        RejectCode::Internal,
+                        "a defect in the program was contained",
+                    ),
+                    path,
+                    stamp,
+                )
+            }
+        }
+    }
+
+    fn try_examine(
+        &mut self,
+        scan_id: ScanId,
+        bytes: &[u8],
+        path: &std::path::Path,
+        stamp: Stamp,
+    ) -> Result<(Examined, StudyGroup), RejectReason> {
+        let limits = decode_limits(&self.context.config);
+        let opening = Instant::now();
+        let mut source = Source::open(bytes, &limits)?;
+        let mut opened = opening.elapsed();
+        let header = source.header();
+        let group = self.group(
+            scan_id,
+            path,
+            header.and_then(|h| h.study_instance_uid.as_deref()),
+        );
+        let acquired_at = header
+            .and_then(|h| h.acquired.as_ref().map(ToString::to_string))
+            .or_else(|| written_at(stamp));
+        let frames = source.frame_count();
+        let mut pictures = Vec::with_capacity(frames as usize);
+        for index in 0..frames {
+            let start = Instant::now();
+            let outcome = source.frame(index).and_then(|picture| {
+                let decoded = start.elapsed() + std::mem::take(&mut opened);
+                let mut classified = self.classifier.classify(&picture)?;
+                classified.timings.decode = millis(decoded);
+                classified.timings.total = millis(start.elapsed());
+                Ok(classified)
+            });
+            pictures.push(Picture {
+                frame: (frames > 1).then_some(index + 1),
+                outcome,
+            });
+        }
+        Ok((
+            Examined {
+                scan_id,
+                attempt: 1,
+                kind: Some(source.kind()),
+                acquired_at,
+                pictures,
+            },
+            group,
+        ))
+    }
+
+    /// The study: by DICOM study, else by sub-folder, else "whatever came at the same time".
+    fn group(
+        &self,
+        scan_id: ScanId,
+        path: &std::path::Path,
+        study_uid: Option<&str>,
+    ) -> StudyGroup {
+        let key = &self.context.reporter.key;
+        let (group_id, fixed) = match (study_uid, path.parent()) {
+            (Some(uid), _) => (key.pseudonym("study", &[uid.as_bytes()]), true),
+            (None, Some(parent)) if !parent.as_os_str().is_empty() => {
+                (key.pseudonym("folder", &[path_bytes(parent)]), false)
+            }
+            _ => (key.pseudonym("loose", &[]), false),
+        };
+        StudyGroup {
+            group_id,
+            fixed,
+            fresh_id: key.pseudonym("study-of", &[&group_id.0, &scan_id.0]),
+        }
+    }
+
+    /// Records the outcome; waits as long as the ledger cannot be written, because the outcome is only in memory.
+    fn record(&self, examined: Examined, group: StudyGroup) -> Disposition {
+        let examined = Arc::new(examined);
+        loop {
+            let (reporter, examined) = (self.context.reporter.clone(), examined.clone());
+            let alerts = self.context.config.alert.enabled;
+            let recorded = self.context.store.call_blocking(move |ledger| {
+                ledger.record(
+                    &outcome_of(&examined, group),
+                    now(),
+                    alerts,
+                    |study, alert| {
+                        let mut messages = reporter.results(&examined, study.study_id);
+                        messages.extend(alert.map(|change| reporter.alert(study, change)));
+                        messages
+                    },
+                )
+            });
+            match recorded {
+                Ok(true) => {
+                    self.context.health.clear(Condition::StateUnwritable);
+                    self.context.outbox.notify_one();
+                    return Disposition::Done;
+                }
+                Ok(false) => return Disposition::Done,
+                Err(StoreError::Closed) => return Disposition::Blocked,
+                Err(error) => self.blocked(&error),
+            }
+            if self.context.stopping.load(Ordering::Relaxed) {
+                return Disposition::Blocked;
+            }
+            #[allow(
+                clippy::disallowed_methods,
+                reason = "a worker thread that can do nothing else"
+            )]
+            std::thread::sleep(RETRY);
+        }
+    }
+
+    fn blocked(&self, error: &StoreError) {
+        self.context
+            .health
+            .raise(Condition::StateUnwritable, error.to_string());
+    }
+}
+
+fn now() -> i64 {
+    jiff::Timestamp::now().as_second()
+}
+
+fn written_at(stamp: Stamp) -> Option<String> {
+    jiff::Timestamp::from_nanosecond(i128::from(stamp.mtime_ns))
+        .ok()
+        .map(rfc3339)
+}
+
+/// Reasons that may pass when the file is still being written.
+fn may_grow(reason: &RejectReason) -> bool {
+    matches!(
+        reason.code,
+        RejectCode::Empty | RejectCode::Truncated | RejectCode::Corrupt | RejectCode::Unreadable
+    )
+}
+
+/// The decoder's limits out of the configuration.
+pub fn decode_limits(config: &Config) -> Limits {
+    let limits = &config.limits;
+    Limits {
+        file_bytes: limits.file_bytes,
+        pixels: limits.pixels,
+        decode_bytes: limits.decode_bytes,
+        frames: limits.frames,
+    }
+}
+
+fn outcome_of(examined: &Examined, group: StudyGroup) -> NewOutcome {
+    let found = || {
+        examined
+            .pictures
+            .iter()
+            .filter_map(|p| p.outcome.as_ref().ok())
+    };
+    let reason = examined
+        .pictures
+        .iter()
+        .find_map(|p| p.outcome.as_ref().err());
+    let top = found().max_by(|a, b| {
+        a.prediction
+            .probability
+            .total_cmp(&b.prediction.probability)
+    });
+    let positives = found()
+        .filter(|c| c.prediction.decision == Decision::Positive)
+        .count() as u32;
+    let decision = if positives > 0 {
+        Some(Decision::Positive)
+    } else {
+        top.map(|c| c.prediction.decision)
+    };
+    NewOutcome {
+        scan_id: examined.scan_id,
+        outcome: outcome_word(top.is_some(), reason),
+        reason: reason.map(|r| r.code.as_str()),
+        decision: decision.map(Decision::as_str),
+        probability: top.map(|c| c.prediction.probability),
+        group,
+        images: examined.pictures.len() as u32,
+        positives,
+    }
+}
+
+fn log(examined: &Examined, took: Duration) {
+    let (scan_id, ms) = (examined.scan_id, millis(took));
+    for Picture { frame, outcome } in &examined.pictures {
+        match outcome {
+            Ok(found) => tracing::info!(
+                %scan_id,
+                frame,
+                decision = found.prediction.decision.as_str(),
+                probability = found.prediction.probability,
+                ms,
+                "classified"
+            ),
+            Err(reason) => {
+                tracing::warn!(%scan_id, frame, code = reason.code.as_str(), "{}: {}", outcome_word(false, Some(reason)), reason.message)
+            }
+        }
+    }
+}

@@ -1,0 +1,451 @@
+//! The publisher: the outbox, in order, to the broker, until the broker has acknowledged it.
+//!
+//! ```text
+//! away ──connected──▶ birth, health ──▶ sending ──lost, or an acknowledgement overdue──▶ away (wait, twice as long each time)
+//!                                        │  ▲
+//!                                        └──┘ outbox → PUBLISH → PUBACK → confirm
+//! ```
+//!
+//! Nothing is taken out of the outbox before its PUBACK, and every connection starts again at the oldest message. What was
+//! acknowledged but not yet confirmed in the ledger when the process died is sent once more, byte for byte, with the same `event_id`.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Health as HealthConfig, Mqtt};
+use crate::health::{Condition, Conditions, Health};
+use crate::message::{self, Backlog, ConditionMessage, HealthMessage, Reporter, rfc3339};
+use crate::mqtt::{Event, Gone, Session, Settings, Ticket};
+use crate::store::{Store, StoreError};
+
+/// Payload of the retained status topic while connected.
+pub const ONLINE: &[u8] = b"online";
+/// Payload of the status topic after an orderly stop.
+pub const STOPPED: &[u8] = b"stopped";
+/// Payload that the broker publishes for a daemon that has gone without a word.
+pub const OFFLINE: &[u8] = b"offline";
+
+/// How long to leave a refused message alone.
+const REFUSED_PAUSE: Duration = Duration::from_secs(60);
+
+/// How long the goodbye may take.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+/// What the publisher works with.
+pub struct Publisher {
+    /// How to connect; the last will is added here.
+    pub settings: Settings,
+    /// Times and limits.
+    pub mqtt: Mqtt,
+    /// Pace of the health message.
+    pub health_config: HealthConfig,
+    /// The ledger with the outbox.
+    pub store: Store,
+    /// Woken when there is something to publish.
+    pub outbox: Arc<Notify>,
+    /// The board of conditions.
+    pub health: Health,
+    /// Who publishes.
+    pub reporter: Arc<Reporter>,
+    /// Files in hand, for the health message.
+    pub backlog: Arc<AtomicU64>,
+    /// The runtime, for the health message.
+    pub engine: String,
+    /// Whether the stop is for good; a reload keeps the status online.
+    pub farewell: Arc<std::sync::atomic::AtomicBool>,
+}
+
+/// Why a connection was given up.
+enum Ended {
+    /// The daemon stops.
+    Stop,
+    /// The connection is gone or useless.
+    Lost(String),
+    /// The ledger is gone: a defect.
+    Store(StoreError),
+}
+
+impl From<Gone> for Ended {
+    fn from(gone: Gone) -> Self {
+        Self::Lost(gone.to_string())
+    }
+}
+
+impl Publisher {
+    /// Publishes until `stop`, then for at most `mqtt.drain_s` more until the outbox is empty, then says goodbye.
+    pub async fn run(self, stop: CancellationToken) -> Result<(), StoreError> {
+        let settings = self
+            .settings
+            .clone()
+            .with_will(self.reporter.sender.topic("status"), OFFLINE);
+        let started = jiff::Timestamp::now();
+        let mut backoff = Backoff::new(&self.mqtt);
+        loop {
+            let mut connection = Connection::new(&self, &settings, started);
+            match connection.run(&stop, &mut backoff).await {
+                Ended::Stop => {
+                    connection.farewell().await;
+                    return Ok(());
+                }
+                Ended::Store(error) => return Err(error),
+                Ended::Lost(reason) => {
+                    let hint = "check mqtt.url, the network and the broker; results are kept until it is back";
+                    self.health.raise(
+                        Condition::BrokerAway,
+                        format!(
+                            "no connection to the broker at {} ({reason}); {hint}",
+                            settings.broker()
+                        ),
+                    );
+                    tracing::debug!(reason, "connection lost");
+                }
+            }
+            tokio::select! {
+                () = stop.cancelled() => return Ok(()),
+                () = tokio::time::sleep(backoff.next()) => {}
+            }
+        }
+    }
+}
+
+/// One connection.
+struct Connection<'a> {
+    publisher: &'a Publisher,
+    session: Session,
+    started: jiff::Timestamp,
+    /// Outbox messages sent and not acknowledged: which, and when sent.
+    in_flight: HashMap<Ticket, (i64, Instant)>,
+    /// Status and health messages sent and not acknowledged.
+    own: HashMap<Ticket, Instant>,
+    /// Outbox messages that the broker refused on this connection, and until when they are left alone.
+    refused: HashSet<i64>,
+    refused_until: Option<Instant>,
+    last_sent: i64,
+    more: bool,
+}
+
+impl<'a> Connection<'a> {
+    fn new(publisher: &'a Publisher, settings: &Settings, started: jiff::Timestamp) -> Self {
+        Self {
+            publisher,
+            session: Session::open(settings),
+            started,
+            in_flight: HashMap::new(),
+            own: HashMap::new(),
+            refused: HashSet::new(),
+            refused_until: None,
+            last_sent: 0,
+            more: true,
+        }
+    }
+
+    async fn run(&mut self, stop: &CancellationToken, backoff: &mut Backoff) -> Ended {
+        match self.serve(stop, backoff).await {
+            Ok(never) => match never {},
+            Err(ended) => ended,
+        }
+    }
+
+    async fn serve(
+        &mut self,
+        stop: &CancellationToken,
+        backoff: &mut Backoff,
+    ) -> Result<std::convert::Infallible, Ended> {
+        let patience = Duration::from_secs(self.publisher.mqtt.connect_timeout_s) + GOODBYE;
+        let first = tokio::select! {
+            () = stop.cancelled() => return Err(Ended::Stop),
+            first = tokio::time::timeout(patience, self.session.next()) => first,
+        };
+        match first {
+            Ok(Event::Connected) => {}
+            Ok(Event::Lost(reason)) => return Err(Ended::Lost(reason)),
+            Ok(other) => return Err(Ended::Lost(format!("unexpected {other:?}"))),
+            Err(_) => return Err(Ended::Lost("no answer in time".into())),
+        }
+        self.publisher.health.clear(Condition::BrokerAway);
+        tracing::info!(
+            broker = self.publisher.settings.broker(),
+            "connected to the broker"
+        );
+        self.publish_own("status", ONLINE.to_vec(), false).await?;
+
+        let ack_timeout = Duration::from_secs(self.publisher.mqtt.ack_timeout_s);
+        let mut conditions = self.publisher.health.subscribe();
+        let mut health_tick =
+            tokio::time::interval(Duration::from_secs(self.publisher.health_config.interval_s));
+        let mut overdue_tick = tokio::time::interval(Duration::from_secs(1).min(ack_timeout / 2));
+        let mut drain_until: Option<Instant> = None;
+        loop {
+            self.send().await?;
+            if let Some(until) = drain_until
+                && ((self.in_flight.is_empty() && !self.more) || until <= Instant::now())
+            {
+                return Err(Ended::Stop);
+            }
+            tokio::select! {
+                event = self.session.next() => self.handle(event, backoff).await?,
+                () = self.publisher.outbox.notified() => self.more = true,
+                _ = health_tick.tick() => {
+                    let now = conditions.borrow_and_update().clone();
+                    self.publish_health(now).await?;
+                }
+                Ok(()) = conditions.changed() => {
+                    let now = conditions.borrow_and_update().clone();
+                    self.publish_health(now).await?;
+                }
+                _ = overdue_tick.tick() => self.check_overdue(ack_timeout)?,
+                () = stop.cancelled(), if drain_until.is_none() => {
+                    drain_until = Some(Instant::now() + Duration::from_secs(self.publisher.mqtt.drain_s));
+                    self.more = true;
+                }
+            }
+        }
+    }
+
+    /// Fills the window from the outbox.
+    async fn send(&mut self) -> Result<(), Ended> {
+        let window = usize::from(self.publisher.mqtt.inflight);
+        while self.more && self.in_flight.len() < window {
+            let (after, room) = (self.last_sent, window - self.in_flight.len());
+            let messages = self
+                .publisher
+                .store
+                .call(move |ledger| ledger.pending(after, room))
+                .await;
+            let messages = match messages {
+                Ok(messages) => messages,
+                Err(StoreError::Closed) => return Err(Ended::Store(StoreError::Closed)),
+                Err(error) => {
+                    // The workers report a ledger in trouble; the messages are still in it.
+                    tracing::debug!("outbox: {error}");
+                    self.more = false;
+                    return Ok(());
+                }
+            };
+            self.more = messages.len() == room;
+            for message in messages {
+                self.last_sent = message.seq;
+                if self.refused.contains(&message.seq) {
+                    continue;
+                }
+                let ticket = self
+                    .session
+                    .publish(&message.topic, message.payload, false, true)
+                    .await?;
+                self.in_flight.insert(ticket, (message.seq, Instant::now()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Handles an event and all others that are there, so that their confirmations share one transaction.
+    async fn handle(&mut self, event: Event, backoff: &mut Backoff) -> Result<(), Ended> {
+        let mut confirmed = Vec::new();
+        let mut lost = None;
+        let mut next = Some(event);
+        while let Some(event) = next {
+            match event {
+                Event::Acked(ticket) => {
+                    if let Some((seq, _)) = self.in_flight.remove(&ticket) {
+                        confirmed.push(seq);
+                    }
+                    self.own.remove(&ticket);
+                    backoff.reset();
+                }
+                Event::Refused(ticket, reason) => {
+                    self.own.remove(&ticket);
+                    if let Some((seq, _)) = self.in_flight.remove(&ticket) {
+                        self.refused.insert(seq);
+                        self.refused_until
+                            .get_or_insert(Instant::now() + REFUSED_PAUSE);
+                    }
+                    let message = format!(
+                        "the broker refuses messages ({reason}); check its access rules and quotas"
+                    );
+                    self.publisher
+                        .health
+                        .raise(Condition::BrokerRefuses, message);
+                }
+                Event::Lost(reason) => lost = Some(reason),
+                Event::Connected | Event::Message { .. } => {}
+            }
+            next = self.session.try_next();
+        }
+        if !confirmed.is_empty() {
+            if self.refused.is_empty() {
+                self.publisher.health.clear(Condition::BrokerRefuses);
+            }
+            match self
+                .publisher
+                .store
+                .call(move |ledger| ledger.confirm(&confirmed))
+                .await
+            {
+                // Not confirmed means sent again, which subscribers recognise; not a reason to stop.
+                Ok(()) => {}
+                Err(StoreError::Closed) => return Err(Ended::Store(StoreError::Closed)),
+                Err(error) => {
+                    return Err(Ended::Lost(format!(
+                        "acknowledgements cannot be recorded: {error}"
+                    )));
+                }
+            }
+        }
+        lost.map_or(Ok(()), |reason| Err(Ended::Lost(reason)))
+    }
+
+    fn check_overdue(&mut self, timeout: Duration) -> Result<(), Ended> {
+        let now = Instant::now();
+        let sent = self
+            .in_flight
+            .values()
+            .map(|(_, sent)| sent)
+            .chain(self.own.values());
+        if sent.clone().any(|sent| now - *sent > timeout) {
+            return Err(Ended::Lost(format!(
+                "no acknowledgement in {} s",
+                timeout.as_secs()
+            )));
+        }
+        // A wake-up that was lost, or an outbox that could not be read, costs a tick.
+        self.more |=
+            self.publisher.store.outbox_len() > (self.in_flight.len() + self.refused.len()) as u64;
+        if self.refused_until.is_some_and(|until| until <= now) {
+            // Once more from the oldest; what is in flight is not sent twice, because it is acknowledged before or with the rest.
+            if self.in_flight.is_empty() {
+                self.refused.clear();
+                self.refused_until = None;
+                self.last_sent = 0;
+                self.more = true;
+            }
+        }
+        Ok(())
+    }
+
+    async fn publish_own(&mut self, kind: &str, payload: Vec<u8>, json: bool) -> Result<(), Ended> {
+        let topic = self.publisher.reporter.sender.topic(kind);
+        let ticket = self.session.publish(&topic, payload, true, json).await?;
+        self.own.insert(ticket, Instant::now());
+        Ok(())
+    }
+
+    async fn publish_health(&mut self, conditions: Conditions) -> Result<(), Ended> {
+        let Ok(counts) = self.publisher.store.call(|ledger| ledger.counts()).await else {
+            return Ok(());
+        };
+        let reporter = &self.publisher.reporter;
+        let payload = message::encode(&HealthMessage {
+            schema: "scansentry/health/1",
+            device: &reporter.sender.device,
+            site: &reporter.sender.site,
+            at: rfc3339(jiff::Timestamp::now()),
+            state: if conditions.is_empty() {
+                "ok"
+            } else {
+                "degraded"
+            },
+            conditions: conditions
+                .into_iter()
+                .map(|(condition, (since, message))| ConditionMessage {
+                    code: condition.code(),
+                    since: rfc3339(since),
+                    message,
+                })
+                .collect(),
+            backlog: Backlog {
+                files: self.publisher.backlog.load(Ordering::Relaxed),
+                messages: counts.outbox,
+            },
+            counts,
+            started_at: rfc3339(self.started),
+            version: env!("CARGO_PKG_VERSION"),
+            model: &reporter.model,
+            engine: &self.publisher.engine,
+        });
+        self.publish_own("health", payload, true).await
+    }
+
+    /// Leaves the retained "stopped" and closes the connection in order.
+    async fn farewell(mut self) {
+        let stopped = self.publisher.farewell.load(Ordering::Relaxed);
+        if stopped
+            && self
+                .publish_own("status", STOPPED.to_vec(), false)
+                .await
+                .is_ok()
+        {
+            let acknowledged = async {
+                while !self.own.is_empty() {
+                    match self.session.next().await {
+                        Event::Acked(ticket) | Event::Refused(ticket, _) => {
+                            _ = self.own.remove(&ticket)
+                        }
+                        Event::Lost(_) => return,
+                        _ => {}
+                    }
+                }
+            };
+            let _ = tokio::time::timeout(GOODBYE, acknowledged).await;
+        }
+        self.session.close(GOODBYE).await;
+    }
+}
+
+/// Waits between connections: doubling from `backoff_min_ms` to `backoff_max_s`, each shortened by a random part of up to a half,
+/// so that a ward full of appliances does not come back in step.
+struct Backoff {
+    min: Duration,
+    max: Duration,
+    now: Duration,
+}
+
+impl Backoff {
+    fn new(mqtt: &Mqtt) -> Self {
+        let min = Duration::from_millis(mqtt.backoff_min_ms);
+        Self {
+            min,
+            max: Duration::from_secs(mqtt.backoff_max_s).max(min),
+            now: min,
+        }
+    }
+
+    fn next(&mut self) -> Duration {
+        let wait = self.now;
+        self.now = (self.now * 2).min(self.max);
+        let mut random = [0; 2];
+        // Without random numbers the wait is simply not shortened.
+        let _ = getrandom::fill(&mut random);
+        wait - wait.mul_f64(f64::from(u16::from_le_bytes(random)) / f64::from(u16::MAX) / 2.0)
+    }
+
+    fn reset(&mut self) {
+        self.now = self.min;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backoff_doubles_within_its_bounds() {
+        let mqtt = Mqtt {
+            backoff_min_ms: 100,
+            backoff_max_s: 1,
+            ..crate::config::Config::defaults().mqtt
+        };
+        let mut backoff = Backoff::new(&mqtt);
+        for full in [100, 200, 400, 800, 1000, 1000] {
+            let wait = backoff.next().as_millis();
+            assert!((full / 2..=full).contains(&wait), "{wait} of {full}");
+        }
+        backoff.reset();
+        assert!(backoff.next().as_millis() <= 100);
+    }
+}

@@ -1,0 +1,220 @@
+//! The ledger and the outbox: the one place that remembers.
+//!
+//! ```text
+//!            claim                record (one transaction)              confirm
+//! unknown ────────▶ claimed ───────────────────────────▶ done + outbox ────────▶ done
+//!                    │  ▲  the process dies                (pending)
+//!                    └──┘  claim again, attempts + 1
+//! ```
+//!
+//! Invariants, which the tests hold:
+//!
+//! - A scan (its bytes, by [`ScanId`]) gets at most one outcome, and the outcome and its encoded messages appear in the
+//!   same transaction. There is no moment with one but not the other.
+//! - A message leaves the outbox only when the broker has acknowledged it.
+//! - `claim` is durable before a byte of the file is decoded, so a file that kills the process is counted.
+//! - The `file` table is only a shortcut (path and stamp → scan); deleting it costs hashing, never a result.
+//!
+//! One thread owns the database ([`Store`]); every call is a closure over [`Ledger`] that runs there. All calls that wait at
+//! the same time share one transaction and one `fsync`, and each gets its answer only after the commit.
+
+mod ledger;
+mod state_dir;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::sync::oneshot;
+
+pub use ledger::{Claim, Ledger, NewOutcome, StudyGroup};
+pub use state_dir::{StateDir, free_bytes};
+
+/// File name of the database inside the state directory.
+pub const DATABASE: &str = "ledger.sqlite3";
+
+/// Most calls that share one transaction.
+const BATCH: usize = 64;
+
+/// Calls that may wait for the store thread; callers beyond that wait.
+const QUEUE: usize = 256;
+
+/// Why the store did not do what was asked.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StoreError {
+    /// No room, a read-only or failing disk: may pass.
+    #[error("state directory cannot be written ({0}); free some space or remount it writable")]
+    Unwritable(String),
+    /// The file is not a database of ours, or is damaged.
+    #[error("ledger is damaged ({0})")]
+    Corrupt(String),
+    /// Made by a newer version.
+    #[error(
+        "ledger has format {found}, this version knows {known}; install the newer version again"
+    )]
+    Newer {
+        /// Format in the file.
+        found: i64,
+        /// Format of this version.
+        known: i64,
+    },
+    /// Anything else that SQLite says.
+    #[error("ledger: {0}")]
+    Other(String),
+    /// The store thread has ended.
+    #[error("ledger is closed")]
+    Closed,
+}
+
+impl From<rusqlite::Error> for StoreError {
+    fn from(error: rusqlite::Error) -> Self {
+        use rusqlite::ErrorCode as Code;
+        let text = error.to_string();
+        match error.sqlite_error_code() {
+            Some(
+                Code::DiskFull
+                | Code::ReadOnly
+                | Code::SystemIoFailure
+                | Code::CannotOpen
+                | Code::PermissionDenied,
+            ) => Self::Unwritable(text),
+            Some(Code::DatabaseCorrupt | Code::NotADatabase) => Self::Corrupt(text),
+            _ => Self::Other(text),
+        }
+    }
+}
+
+type Reply = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
+type Job = Box<dyn FnOnce(&mut Ledger) -> Reply + Send>;
+
+/// A handle to the store thread; cheap to clone. The thread ends when the last handle is gone.
+#[derive(Clone, Debug)]
+pub struct Store {
+    jobs: std::sync::mpsc::SyncSender<Job>,
+    outbox: Arc<AtomicU64>,
+}
+
+/// A store that has been opened.
+#[derive(Debug)]
+pub struct Opened {
+    /// The handle.
+    pub store: Store,
+    /// The thread; join it after the last handle is dropped, so that the database is closed in order.
+    pub thread: std::thread::JoinHandle<()>,
+    /// Where a damaged ledger was set aside, if one was found.
+    pub set_aside: Option<PathBuf>,
+}
+
+impl Store {
+    /// Opens (or makes) the ledger in `dir` and starts its thread. A damaged ledger is set aside under a name that says
+    /// so and a new one begun: the rescan of the folder then fills it again.
+    pub fn open(dir: &Path) -> Result<Opened, StoreError> {
+        let path = dir.join(DATABASE);
+        let (ledger, set_aside) = match Ledger::open(&path) {
+            Err(StoreError::Corrupt(_)) => {
+                let aside = set_aside(&path)?;
+                (Ledger::open(&path)?, Some(aside))
+            }
+            other => (other?, None),
+        };
+        let (jobs, queue) = std::sync::mpsc::sync_channel(QUEUE);
+        let outbox = Arc::new(AtomicU64::new(ledger.outbox_len()));
+        let shared = outbox.clone();
+        let thread = std::thread::Builder::new()
+            .name("store".into())
+            .spawn(move || serve(ledger, &queue, &shared))
+            .map_err(|e| StoreError::Other(format!("cannot start its thread: {e}")))?;
+        Ok(Opened {
+            store: Self { jobs, outbox },
+            thread,
+            set_aside,
+        })
+    }
+
+    /// Messages that wait for the broker, as of the last commit.
+    pub fn outbox_len(&self) -> u64 {
+        self.outbox.load(Ordering::Relaxed)
+    }
+
+    /// Runs `call` in the store thread, from async code; answers after the commit.
+    pub async fn call<R: Send + 'static>(
+        &self,
+        call: impl FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
+    ) -> Result<R, StoreError> {
+        let (job, answer) = job(call);
+        match self.jobs.try_send(job) {
+            Ok(()) => {}
+            Err(std::sync::mpsc::TrySendError::Full(job)) => {
+                let jobs = self.jobs.clone();
+                tokio::task::spawn_blocking(move || jobs.send(job))
+                    .await
+                    .map_err(|_| StoreError::Closed)?
+                    .map_err(|_| StoreError::Closed)?;
+            }
+            Err(std::sync::mpsc::TrySendError::Disconnected(_)) => return Err(StoreError::Closed),
+        }
+        answer.await.unwrap_or(Err(StoreError::Closed))
+    }
+
+    /// Runs `call` in the store thread, from a worker thread; answers after the commit.
+    pub fn call_blocking<R: Send + 'static>(
+        &self,
+        call: impl FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
+    ) -> Result<R, StoreError> {
+        let (job, answer) = job(call);
+        self.jobs.send(job).map_err(|_| StoreError::Closed)?;
+        answer.blocking_recv().unwrap_or(Err(StoreError::Closed))
+    }
+}
+
+fn job<R: Send + 'static>(
+    call: impl FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
+) -> (Job, oneshot::Receiver<Result<R, StoreError>>) {
+    let (reply, answer) = oneshot::channel();
+    let job: Job = Box::new(move |ledger| {
+        let result = ledger.in_savepoint(call);
+        Box::new(move |committed| {
+            // A caller that has gone away does not need its answer.
+            let _ = reply.send(committed.and(result));
+        })
+    });
+    (job, answer)
+}
+
+/// The store thread: takes whatever waits, runs it in one transaction, commits, answers.
+fn serve(mut ledger: Ledger, queue: &std::sync::mpsc::Receiver<Job>, outbox: &AtomicU64) {
+    while let Ok(first) = queue.recv() {
+        if let Err(error) = ledger.begin() {
+            first(&mut ledger)(Err(error));
+            continue;
+        }
+        let mut replies = vec![first(&mut ledger)];
+        while replies.len() < BATCH {
+            let Ok(job) = queue.try_recv() else { break };
+            replies.push(job(&mut ledger));
+        }
+        let committed = ledger.commit();
+        outbox.store(ledger.outbox_len(), Ordering::Relaxed);
+        for reply in replies {
+            reply(committed.clone());
+        }
+    }
+    ledger.close();
+}
+
+fn set_aside(path: &Path) -> Result<PathBuf, StoreError> {
+    let stamp = jiff::Timestamp::now().as_second();
+    let aside = path.with_file_name(format!("{DATABASE}.damaged-{stamp}"));
+    std::fs::rename(path, &aside).map_err(|e| StoreError::Unwritable(e.to_string()))?;
+    for suffix in ["-wal", "-shm"] {
+        let from = path.with_file_name(format!("{DATABASE}{suffix}"));
+        let to = path.with_file_name(format!("{DATABASE}.damaged-{stamp}{suffix}"));
+        match std::fs::rename(&from, &to) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(StoreError::Unwritable(error.to_string()));
+            }
+            _ => {}
+        }
+    }
+    Ok(aside)
+}

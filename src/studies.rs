@@ -1,0 +1,58 @@
+//! Studies: closes the ones that have gone quiet and keeps their alerts up to date.
+//!
+//! A study begins with its first picture, in the transaction that records that picture's outcome, and its alert is raised there too
+//! ([`Ledger::record`](crate::store::Ledger::record)). What depends on time happens here.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Alert;
+use crate::message::{AlertChange, OutboxMessage, Reporter, StudyState};
+use crate::store::Store;
+
+/// How often studies are looked at.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Studies tended in one transaction.
+const BATCH: usize = 100;
+
+/// Tends studies until `stop`; wakes `outbox` when there is something to publish.
+pub async fn run(
+    config: Alert,
+    store: Store,
+    reporter: Arc<Reporter>,
+    outbox: Arc<Notify>,
+    stop: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(TICK) => {}
+        }
+        let now = jiff::Timestamp::now().as_second();
+        let (quiet, update) = (now - config.quiet_s as i64, now - config.update_s as i64);
+        let reporter = reporter.clone();
+        let tended = store
+            .call(move |ledger| {
+                ledger.tend_studies(now, quiet, update, BATCH, |study, change| {
+                    messages(&reporter, study, change)
+                })
+            })
+            .await;
+        match tended {
+            Ok(0) => {}
+            Ok(_) => outbox.notify_one(),
+            // The workers report a ledger that cannot be written; here the next tick tries again.
+            Err(error) => tracing::debug!("studies: {error}"),
+        }
+    }
+}
+
+fn messages(reporter: &Reporter, study: &StudyState, change: AlertChange) -> Vec<OutboxMessage> {
+    let alert = (study.alert_revision > 0).then(|| reporter.alert(study, change));
+    let summary = (change == AlertChange::Closed).then(|| reporter.study(study));
+    alert.into_iter().chain(summary).collect()
+}

@@ -1,0 +1,403 @@
+//! The eyes: file events as hints, walks of the folder as the truth, and the state of the folder itself.
+//!
+//! ```text
+//! away ──folder there──▶ present(events | polling) ──gone, or another directory in its place──▶ away
+//! ```
+//!
+//! A lost event costs time until the next walk, never a file. Events come through a bounded channel; when it is full, or
+//! the kernel's own queue was, the hint becomes "walk everything".
+
+use std::collections::VecDeque;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use globset::{Glob, GlobSet, GlobSetBuilder};
+use notify::event::{AccessKind, AccessMode, CreateKind, EventKind, ModifyKind, RenameMode};
+use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{Watch, WatchMode};
+use crate::health::{Condition, Health};
+use crate::scan::{ScanFile, Stamp};
+
+/// Hints that may wait before they become "walk everything".
+const HINTS: usize = 1024;
+
+/// How often the folder itself is looked at.
+const FOLDER_CHECK: Duration = Duration::from_secs(2);
+
+/// Files handed on at a time by a walk.
+pub const CHUNK: usize = 256;
+
+/// Something to look at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Hint {
+    /// A file was closed after writing, or renamed into place: it is complete.
+    Complete(PathBuf),
+    /// A file changed; whether it is complete is not known.
+    Changed(PathBuf),
+    /// A sub-folder appeared: files may have come into it before it was watched.
+    Folder(PathBuf),
+    /// The folder is there (again); walk everything, and go on walking at the pace of this mode.
+    Present {
+        /// Whether file events cannot be relied on.
+        polling: bool,
+    },
+    /// Events were lost: walk everything.
+    Overflow,
+}
+
+/// Which names are left alone: hidden and temporary files, by the patterns of `watch.ignore`.
+#[derive(Debug, Clone)]
+pub struct NameFilter {
+    ignore: GlobSet,
+}
+
+impl NameFilter {
+    /// A filter by glob patterns on single names. Patterns that do not parse are left out; the configuration was checked for them.
+    pub fn new(patterns: &[String]) -> Self {
+        let mut set = GlobSetBuilder::new();
+        for glob in patterns.iter().filter_map(|p| Glob::new(p).ok()) {
+            set.add(glob);
+        }
+        Self {
+            ignore: set.build().unwrap_or_default(),
+        }
+    }
+
+    /// Whether every name of `relative`, a path below the export folder, may be looked at.
+    pub fn accepts(&self, relative: &Path) -> bool {
+        relative.components().next().is_some()
+            && relative
+                .iter()
+                .all(|name| !self.ignore.is_match(Path::new(name)))
+    }
+}
+
+/// Follows the folder until `stop`, sending hints. Ends early only if nobody listens any more.
+pub async fn follow(
+    config: Watch,
+    hints: mpsc::Sender<Hint>,
+    health: Health,
+    stop: CancellationToken,
+) {
+    loop {
+        let (identity, watcher, polling) = tokio::select! {
+            () = stop.cancelled() => return,
+            present = wait_for_folder(&config, &hints, &health) => present,
+        };
+        tracing::info!(
+            mode = if polling { "polling" } else { "events" },
+            "watching the export folder"
+        );
+        if hints.send(Hint::Present { polling }).await.is_err() {
+            return;
+        }
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(FOLDER_CHECK) => {}
+            }
+            if folder_identity(&config.folder).await != Ok(identity) {
+                break;
+            }
+            if let Some(watcher) = &watcher
+                && watcher.overflowed.swap(false, Ordering::Relaxed)
+            {
+                tracing::warn!("file events were lost; walking the whole folder");
+                if hints.send(Hint::Overflow).await.is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Device and inode of the folder: another pair under the same name is another folder (an unmounted or replaced share).
+async fn folder_identity(folder: &Path) -> Result<(u64, u64), String> {
+    let folder = folder.to_owned();
+    tokio::task::spawn_blocking(move || {
+        let metadata = std::fs::metadata(&folder).map_err(|e| e.to_string())?;
+        if !metadata.is_dir() {
+            return Err("it is not a folder".to_owned());
+        }
+        std::fs::read_dir(&folder).map_err(|e| e.to_string())?;
+        Ok((metadata.dev(), metadata.ino()))
+    })
+    .await
+    .unwrap_or_else(|e| Err(e.to_string()))
+}
+
+async fn wait_for_folder(
+    config: &Watch,
+    hints: &mpsc::Sender<Hint>,
+    health: &Health,
+) -> ((u64, u64), Option<EventSource>, bool) {
+    loop {
+        match folder_identity(&config.folder).await {
+            Ok(identity) => {
+                health.clear(Condition::FolderAway);
+                let (config, hints, health) = (config.clone(), hints.clone(), health.clone());
+                let (watcher, polling) =
+                    tokio::task::spawn_blocking(move || open_events(&config, hints, &health))
+                        .await
+                        .unwrap_or((None, true));
+                return (identity, watcher, polling);
+            }
+            Err(error) => health.raise(
+                Condition::FolderAway,
+                format!(
+                    "the export folder cannot be read ({error}); mount it, or correct watch.folder"
+                ),
+            ),
+        }
+        tokio::time::sleep(FOLDER_CHECK).await;
+    }
+}
+
+struct EventSource {
+    _watcher: RecommendedWatcher,
+    overflowed: Arc<AtomicBool>,
+}
+
+/// Decides between events and polling; the second value says whether to poll.
+fn open_events(
+    config: &Watch,
+    hints: mpsc::Sender<Hint>,
+    health: &Health,
+) -> (Option<EventSource>, bool) {
+    let network = network_file_system(&config.folder);
+    let use_events = match config.mode {
+        WatchMode::Poll => false,
+        WatchMode::Events => true,
+        WatchMode::Auto => network.is_none(),
+    };
+    if !use_events {
+        if let Some(name) = network {
+            tracing::info!(
+                file_system = name,
+                "file events do not come from other machines on this file system; polling"
+            );
+        }
+        health.clear(Condition::EventsUnavailable);
+        return (None, true);
+    }
+    match watch_events(config, hints) {
+        Ok(source) => {
+            health.clear(Condition::EventsUnavailable);
+            (Some(source), false)
+        }
+        Err(error) => {
+            health.raise(
+                Condition::EventsUnavailable,
+                format!("file events cannot be had ({error}); polling instead, see fs.inotify.max_user_watches"),
+            );
+            (None, true)
+        }
+    }
+}
+
+fn watch_events(config: &Watch, hints: mpsc::Sender<Hint>) -> notify::Result<EventSource> {
+    let overflowed = Arc::new(AtomicBool::new(false));
+    let lost = overflowed.clone();
+    // notify reports canonical paths only if it is given one.
+    let root = config.folder.canonicalize().map_err(notify::Error::io)?;
+    let filter = NameFilter::new(&config.ignore);
+    let base = root.clone();
+    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        let Ok(event) = event else {
+            lost.store(true, Ordering::Relaxed);
+            return;
+        };
+        if event.need_rescan() {
+            lost.store(true, Ordering::Relaxed);
+        }
+        for hint in hints_of(&event) {
+            let (Hint::Complete(path) | Hint::Changed(path) | Hint::Folder(path)) = &hint else {
+                continue;
+            };
+            let Ok(relative) = path.strip_prefix(&base) else {
+                continue;
+            };
+            if !filter.accepts(relative) {
+                continue;
+            }
+            let relative = relative.to_owned();
+            let hint = match hint {
+                Hint::Complete(_) => Hint::Complete(relative),
+                Hint::Folder(_) => Hint::Folder(relative),
+                _ => Hint::Changed(relative),
+            };
+            if hints.try_send(hint).is_err() {
+                lost.store(true, Ordering::Relaxed);
+            }
+        }
+    })?;
+    let mode = if config.recursive {
+        RecursiveMode::Recursive
+    } else {
+        RecursiveMode::NonRecursive
+    };
+    watcher.watch(&root, mode)?;
+    Ok(EventSource {
+        _watcher: watcher,
+        overflowed,
+    })
+}
+
+fn hints_of(event: &notify::Event) -> Vec<Hint> {
+    let wrap: fn(PathBuf) -> Hint = match event.kind {
+        EventKind::Access(AccessKind::Close(AccessMode::Write)) => Hint::Complete,
+        EventKind::Modify(ModifyKind::Name(RenameMode::To | RenameMode::Both)) => {
+            // A renamed folder arrives with everything in it.
+            return event.paths.last().map_or_else(Vec::new, |to| {
+                vec![if to.is_dir() {
+                    Hint::Folder(to.clone())
+                } else {
+                    Hint::Complete(to.clone())
+                }]
+            });
+        }
+        EventKind::Create(CreateKind::Folder) => Hint::Folder,
+        EventKind::Create(_) | EventKind::Modify(_) => Hint::Changed,
+        _ => return Vec::new(),
+    };
+    event.paths.iter().cloned().map(wrap).collect()
+}
+
+/// The name of the network (or FUSE) file system that `path` lies on, from its magic number (Linux `statfs(2)`, `linux/magic.h`).
+fn network_file_system(path: &Path) -> Option<&'static str> {
+    let magic = rustix::fs::statfs(path).ok()?.f_type as u64 & 0xffff_ffff;
+    match magic {
+        0x6969 => Some("nfs"),
+        0xff53_4d42 => Some("cifs"),
+        0xfe53_4d42 => Some("smb2"),
+        0x517b => Some("smb"),
+        0x6573_5546 => Some("fuse"),
+        0x0102_1997 => Some("9p"),
+        0x00c3_6400 => Some("ceph"),
+        0x5346_414f => Some("afs"),
+        0x7375_7245 => Some("coda"),
+        _ => None,
+    }
+}
+
+/// Walks `below` (a path below `root`, or empty for all of it) and calls `chunk` with the files found, at most [`CHUNK`] at a
+/// time and in name order within a folder, until `chunk` returns `false`. Symbolic links, FIFOs and devices are reported as the files they
+/// stand for; whether they may be read is decided where they are read. Folders are not followed through links.
+pub fn walk(
+    root: &Path,
+    below: &Path,
+    config: &Watch,
+    chunk: &mut dyn FnMut(Vec<ScanFile>) -> bool,
+) -> std::io::Result<()> {
+    let filter = NameFilter::new(&config.ignore);
+    let mut folders = VecDeque::from([below.to_owned()]);
+    let mut found = Vec::with_capacity(CHUNK);
+    let mut first = true;
+    while let Some(folder) = folders.pop_front() {
+        let entries = match std::fs::read_dir(root.join(&folder)) {
+            Ok(entries) => entries,
+            Err(error) if first => return Err(error),
+            // A sub-folder that has gone or cannot be read: the next walk tries again.
+            Err(_) => continue,
+        };
+        first = false;
+        let mut names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
+        names.sort();
+        for name in names {
+            let relative = folder.join(name);
+            if !filter.accepts(&relative) {
+                continue;
+            }
+            let Ok(metadata) = std::fs::symlink_metadata(root.join(&relative)) else {
+                continue;
+            };
+            if metadata.is_dir() {
+                if config.recursive && relative.components().count() <= config.max_depth {
+                    folders.push_back(relative);
+                }
+                continue;
+            }
+            let stamp = if metadata.is_symlink() {
+                // The target's stamp, so that a change behind the link is seen.
+                Stamp::of(&std::fs::metadata(root.join(&relative)).unwrap_or(metadata))
+            } else {
+                Stamp::of(&metadata)
+            };
+            found.push(ScanFile {
+                path: relative,
+                stamp,
+            });
+            if found.len() == CHUNK
+                && !chunk(std::mem::replace(&mut found, Vec::with_capacity(CHUNK)))
+            {
+                return Ok(());
+            }
+        }
+    }
+    if !found.is_empty() {
+        chunk(found);
+    }
+    Ok(())
+}
+
+/// A bounded channel for hints.
+pub fn channel() -> (mpsc::Sender<Hint>, mpsc::Receiver<Hint>) {
+    mpsc::channel(HINTS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hidden_and_temporary_names_are_left_alone() {
+        let filter = NameFilter::new(&crate::config::Config::defaults().watch.ignore);
+        for (path, accepted) in [
+            ("a.png", true),
+            ("MR.1.2.840", true),
+            ("series 1/IM0001", true),
+            (".a.png", false),
+            ("a.png.part", false),
+            ("a.tmp", false),
+            (".hidden/a.png", false),
+            ("up.partial/a.png", false),
+            ("", false),
+        ] {
+            assert_eq!(filter.accepts(Path::new(path)), accepted, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_walk_finds_files_in_order_within_its_depth() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        std::fs::create_dir_all(root.join("b/c/d")).unwrap();
+        for name in ["z.png", "a.png", "b/1", "b/c/2", "b/c/d/3", ".h", "x.tmp"] {
+            std::fs::write(root.join(name), b"x").unwrap();
+        }
+        let mut config = crate::config::Config::defaults().watch;
+        let names = |config: &Watch| {
+            let mut names = Vec::new();
+            walk(root, Path::new(""), config, &mut |chunk| {
+                names.extend(chunk.into_iter().map(|f| f.path.display().to_string()));
+                true
+            })
+            .unwrap();
+            names
+        };
+        assert_eq!(
+            names(&config),
+            ["a.png", "z.png", "b/1", "b/c/2", "b/c/d/3"]
+        );
+        config.max_depth = 2;
+        assert_eq!(names(&config), ["a.png", "z.png", "b/1", "b/c/2"]);
+        config.recursive = false;
+        assert_eq!(names(&config), ["a.png", "z.png"]);
+    }
+}

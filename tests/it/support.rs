@@ -1,0 +1,349 @@
+//! What the end-to-end tests share: a real Mosquitto, a real subscriber, the real daemon, generated slices.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::io::{BufRead as _, BufReader};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// How long anything may take before a test gives up. Generous: these machines are slow and shared.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+pub fn bundle() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("models/braintumor")
+}
+
+/// The real images, where they are: `../shared/data` beside the checkout, or `SCANSENTRY_DATA`.
+pub fn shared_data() -> Option<PathBuf> {
+    let folder = std::env::var_os("SCANSENTRY_DATA")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data"), PathBuf::from);
+    folder.join("mri/index.csv").exists().then_some(folder)
+}
+
+pub fn free_port() -> u16 {
+    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+}
+
+/// Polls `condition` until it holds.
+#[track_caller]
+pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < PATIENCE, "waited too long for {what}");
+        pause(Duration::from_millis(20));
+    }
+}
+
+#[allow(clippy::disallowed_methods, reason = "a test waits for other processes")]
+pub fn pause(time: Duration) {
+    std::thread::sleep(time);
+}
+
+/// A child process that does not outlive its test.
+pub struct Process(pub Child);
+
+impl Process {
+    pub fn spawn(command: &mut Command) -> Self {
+        let name = command.get_program().to_string_lossy().into_owned();
+        Self(command.spawn().unwrap_or_else(|e| panic!("{name} does not start ({e}); run `make setup`")))
+    }
+
+    pub fn kill(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+
+    pub fn signal(&self, signal: &str) {
+        let pid = self.0.id().to_string();
+        assert!(Command::new("kill").args(["-s", signal, &pid]).status().unwrap().success());
+    }
+
+    pub fn exit_code(&mut self) -> Option<i32> {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(start.elapsed() < PATIENCE, "the process does not end");
+            pause(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// A Mosquitto on a loopback port that keeps sessions on the disk, so that a killed one comes back with its subscribers.
+pub struct Mosquitto {
+    folder: tempfile::TempDir,
+    pub port: u16,
+    process: Process,
+}
+
+impl Mosquitto {
+    pub fn start() -> Self {
+        Self::start_with("allow_anonymous true\n")
+    }
+
+    /// With more configuration lines; `{dir}` in them is the broker's own folder.
+    pub fn start_with(lines: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let port = free_port();
+        let dir = folder.path().display().to_string();
+        let lines = lines.replace("{dir}", &dir);
+        let config = format!(
+            "listener {port} 127.0.0.1\npersistence true\npersistence_location {dir}/\nautosave_interval 1\nautosave_on_changes true\n\
+             max_queued_messages 0\n{}{lines}",
+            if nix_root() { "user root\n" } else { "" }
+        );
+        std::fs::write(folder.path().join("mosquitto.conf"), config).unwrap();
+        let process = Self::spawn(folder.path());
+        let broker = Self { folder, port, process };
+        broker.wait_up();
+        broker
+    }
+
+    fn spawn(folder: &Path) -> Process {
+        let log = File::options().create(true).append(true).open(folder.join("log")).unwrap();
+        // Debian keeps it in /usr/sbin, which is not on everybody's path.
+        let program = if Path::new("/usr/sbin/mosquitto").exists() { "/usr/sbin/mosquitto" } else { "mosquitto" };
+        Process::spawn(Command::new(program).arg("-c").arg(folder.join("mosquitto.conf")).stdout(Stdio::null()).stderr(log))
+    }
+
+    fn wait_up(&self) {
+        wait_for("Mosquitto", || std::net::TcpStream::connect(("127.0.0.1", self.port)).is_ok());
+    }
+
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    pub fn restart(&mut self) {
+        self.process = Self::spawn(self.folder.path());
+        self.wait_up();
+    }
+
+    pub fn url(&self) -> String {
+        format!("mqtt://127.0.0.1:{}", self.port)
+    }
+
+    pub fn subscribe(&self) -> Subscriber {
+        Subscriber::start(self.port, &[])
+    }
+}
+
+fn nix_root() -> bool {
+    rustix_uid() == 0
+}
+
+fn rustix_uid() -> u32 {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::metadata("/proc/self").map_or(1, |m| m.uid())
+}
+
+/// One message as it arrived.
+#[derive(Debug, Clone)]
+pub struct Arrived {
+    pub topic: String,
+    pub retained: bool,
+    pub payload: String,
+}
+
+impl Arrived {
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.payload).unwrap_or_else(|e| panic!("{} is not JSON ({e}): {}", self.topic, self.payload))
+    }
+
+    pub fn kind(&self) -> &str {
+        self.topic.rsplit('/').next().unwrap()
+    }
+}
+
+/// `mosquitto_sub` with a session that the broker keeps, writing to a file.
+pub struct Subscriber {
+    file: PathBuf,
+    _folder: tempfile::TempDir,
+    _process: Process,
+}
+
+impl Subscriber {
+    pub fn start(port: u16, more: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("messages");
+        let process = Process::spawn(
+            Command::new("mosquitto_sub")
+                .args(["-h", "127.0.0.1", "-p", &port.to_string(), "-V", "5", "-q", "1", "-c", "-i", "subscriber", "-x", "3600"])
+                .args(["-t", "scansentry/#", "-F", "%t\t%r\t%p"])
+                .args(more)
+                .stdout(File::create(&file).unwrap())
+                .stderr(Stdio::null()),
+        );
+        // Its subscription is in place when a message comes through.
+        let probe = Self { file, _folder: folder, _process: process };
+        if more.is_empty() {
+            wait_for("the subscriber", || {
+                Command::new("mosquitto_pub")
+                    .args(["-h", "127.0.0.1", "-p", &port.to_string(), "-t", "scansentry/probe", "-m", "{}"])
+                    .status()
+                    .unwrap();
+                !probe.messages().is_empty()
+            });
+        }
+        probe
+    }
+
+    /// All messages so far, the probe's included.
+    pub fn messages(&self) -> Vec<Arrived> {
+        BufReader::new(File::open(&self.file).unwrap())
+            .lines()
+            .map_while(Result::ok)
+            .filter_map(|line| {
+                let mut parts = line.splitn(3, '\t');
+                let topic = parts.next()?.to_owned();
+                let retained = parts.next()? == "1";
+                Some(Arrived { topic, retained, payload: parts.next()?.to_owned() })
+            })
+            .collect()
+    }
+
+    pub fn of_kind(&self, kind: &str) -> Vec<Arrived> {
+        self.messages().into_iter().filter(|m| m.kind() == kind).collect()
+    }
+
+    pub fn results(&self) -> Vec<Value> {
+        self.of_kind("result").iter().map(Arrived::json).collect()
+    }
+
+    #[track_caller]
+    pub fn wait_for_scans(&self, count: usize) -> Vec<Value> {
+        let distinct = || self.results().iter().map(|r| r["scan_id"].as_str().unwrap().to_owned()).collect::<HashSet<_>>().len();
+        let start = Instant::now();
+        while distinct() < count {
+            assert!(start.elapsed() < PATIENCE, "{} of {count} scans arrived", distinct());
+            pause(Duration::from_millis(50));
+        }
+        self.results()
+    }
+}
+
+/// Checks that duplicates share their event id and bytes, and that nothing but resends is doubled; returns how many messages were resends.
+#[track_caller]
+pub fn assert_no_double_outcome(results: &[Value]) -> usize {
+    let mut by_scan: HashMap<&str, &Value> = HashMap::new();
+    let mut resends = 0;
+    for result in results {
+        match by_scan.insert(result["scan_id"].as_str().unwrap(), result) {
+            Some(first) => {
+                assert_eq!(first, result, "two different messages for one scan");
+                resends += 1;
+            }
+            None => {}
+        }
+    }
+    resends
+}
+
+/// An appliance in a temporary folder.
+pub struct Appliance {
+    pub folder: tempfile::TempDir,
+    pub process: Option<Process>,
+    environment: Vec<(String, String)>,
+}
+
+impl Appliance {
+    pub fn new(broker_url: &str) -> Self {
+        Self::with(broker_url, "")
+    }
+
+    /// With more configuration text.
+    pub fn with(broker_url: &str, more: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        std::fs::create_dir(root.join("export")).unwrap();
+        let text = format!(
+            "[watch]\nfolder = {:?}\nsettle_ms = 200\n[model]\nbundle = {:?}\n[state]\ndir = {:?}\n[log]\nformat = \"text\"\nlevel = \"debug\"\n{more}\n",
+            root.join("export"),
+            bundle(),
+            root.join("state")
+        );
+        std::fs::write(root.join("config.toml"), text).unwrap();
+        let environment = vec![
+            ("SCANSENTRY__MQTT__URL".to_owned(), broker_url.to_owned()),
+            ("SCANSENTRY__MQTT__BACKOFF_MIN_MS".to_owned(), "50".to_owned()),
+            ("SCANSENTRY__MQTT__BACKOFF_MAX_S".to_owned(), "1".to_owned()),
+        ];
+        Self { folder, process: None, environment }
+    }
+
+    pub fn set(&mut self, variable: &str, value: &str) {
+        self.environment.push((variable.to_owned(), value.to_owned()));
+    }
+
+    pub fn export(&self) -> PathBuf {
+        self.folder.path().join("export")
+    }
+
+    pub fn state(&self) -> PathBuf {
+        self.folder.path().join("state")
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_scansentry"));
+        command.env("SCANSENTRY_CONFIG", self.folder.path().join("config.toml")).envs(self.environment.iter().cloned()).args(arguments);
+        command
+    }
+
+    /// Starts the daemon and waits until it says that it is ready.
+    pub fn start(&mut self) {
+        let before = self.log().matches("ready").count();
+        self.spawn();
+        wait_for("the daemon", || {
+            if let Some(status) = self.process.as_mut().and_then(|p| p.0.try_wait().unwrap()) {
+                panic!("the daemon ended with {status}:\n{}", self.log());
+            }
+            self.log().matches("ready").count() > before
+        });
+    }
+
+    /// Starts the daemon without waiting.
+    pub fn spawn(&mut self) {
+        let log = File::options().create(true).append(true).open(self.folder.path().join("log")).unwrap();
+        self.process = Some(Process::spawn(self.command(&["run"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log)));
+    }
+
+    pub fn kill(&mut self) {
+        self.process = None;
+    }
+
+    /// Asks the daemon to stop and returns its exit code.
+    pub fn stop(&mut self) -> Option<i32> {
+        let mut process = self.process.take().expect("the daemon runs");
+        process.signal("TERM");
+        process.exit_code()
+    }
+
+    /// `status --json`.
+    pub fn status(&self) -> Value {
+        let output = self.command(&["status", "--json"]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// Puts bytes into the export folder as scanners do: under a temporary name, then renamed.
+    pub fn rename_in(&self, name: &str, bytes: &[u8]) {
+        let temporary = self.export().join(format!("{name}.part"));
+        std::fs::write(&temporary, bytes).unwrap();
+        std::fs::rename(&temporary, self.export().join(name)).unwrap();
+    }
+}
