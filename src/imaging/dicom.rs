@@ -1005,10 +1005,19 @@ impl<'a> Flat<'a> {
         }
     }
 
-    /// Takes an element, the first of its tag, unless it is one that no wanted element may be.
+    /// Takes an element, the first of its tag, if it is of a kind that a wanted element may be.
+    ///
+    /// `dicom-object` reads whole numbers and believes a length that is no multiple of theirs: what follows would be
+    /// read out of step, as headers with any length in them, for which it makes room.
     fn add(&mut self, element: &Element) {
-        let sequence = element.undefined || matches!(&element.vr, b"SQ" | b"UN");
-        if !sequence && element.value.len() <= MAX_VALUE && !self.seen.contains(&element.tag) {
+        let length = element.value.len();
+        let fits = match &element.vr {
+            b"CS" | b"UI" | b"DA" | b"TM" | b"DT" | b"SH" | b"LO" | b"IS" | b"DS" | b"OB" => true,
+            // Implicit: whatever the dictionary says, no wanted element has numbers of more than two bytes.
+            b"US" | b"SS" | b"OW" | [0, 0] => length.is_multiple_of(2),
+            _ => false,
+        };
+        if fits && !element.undefined && length <= MAX_VALUE && !self.seen.contains(&element.tag) {
             self.seen.push(element.tag);
             self.data
                 .extend_from_slice(&self.bytes[element.whole.clone()]);

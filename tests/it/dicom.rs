@@ -1,7 +1,5 @@
 //! DICOM files into pictures: the pixels of pydicom, and a reason for every bad file.
 
-#![allow(clippy::unwrap_used)]
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 

@@ -2,8 +2,6 @@
 //!
 //! The mutations are the same on every run.
 
-#![allow(clippy::unwrap_used)]
-
 use std::path::Path;
 
 use proptest::prelude::*;
