@@ -562,20 +562,25 @@ fn read_layer(path: &Path, layers: &mut Vec<Layer>, problems: &mut Vec<String>) 
         Ok(text) => match text.parse::<toml::Table>() {
             Ok(table) => layers.push(Layer { origin, table }),
             Err(error) => {
-                let line = error.span().map_or(0, |span| {
-                    text[..span.start.min(text.len())].lines().count().max(1)
-                });
+                let (line, message) = line_and_message(&text, &error);
                 problems.push(format!(
-                    "{origin}:{line}: {}; see config/scansentry.toml for the syntax",
-                    one_line(error.message())
+                    "{origin}:{line}: {message}; see config/scansentry.toml for the syntax"
                 ));
             }
         },
     }
 }
 
-fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+/// Where in `text` a TOML error is, as a line number from 1, and what it says, as one line.
+pub fn line_and_message(text: &str, error: &toml::de::Error) -> (usize, String) {
+    let start = error.span().map_or(0, |span| span.start.min(text.len()));
+    let line = text.as_bytes()[..start]
+        .iter()
+        .filter(|&&byte| byte == b'\n')
+        .count()
+        + 1;
+    let words: Vec<_> = error.message().split_whitespace().collect();
+    (line, words.join(" "))
 }
 
 /// Reports and removes keys that `known` does not have and values of another type.

@@ -13,6 +13,7 @@
 //! Frames are decoded one at a time. Only [`DicomHeader`] leaves this module, for the pipeline alone.
 
 mod codec;
+mod jpegls;
 mod voi;
 mod walk;
 
@@ -221,7 +222,7 @@ impl<'a> DicomSource<'a> {
                     return Err(not_an_image("a DICOM object with floating-point values"));
                 }
                 tags::MODALITY_LUT_SEQUENCE => {
-                    modality_table |= !walk.items(&element, 1)?.is_empty()
+                    modality_table |= !walk.items(&element, 1)?.is_empty();
                 }
                 tags::SHARED_FUNCTIONAL_GROUPS_SEQUENCE => {
                     if let Some(item) = walk.items(&element, 1)?.pop() {
@@ -595,10 +596,10 @@ fn meta_group(
         };
         match element.tag {
             tags::TRANSFER_SYNTAX_UID if element.value.len() <= 128 => {
-                transfer_syntax = text(element.value)
+                transfer_syntax = text(element.value);
             }
             tags::MEDIA_STORAGE_SOP_CLASS_UID if element.value.len() <= 128 => {
-                class = text(element.value)
+                class = text(element.value);
             }
             _ => {}
         }
@@ -707,7 +708,7 @@ fn image_pixel_module(
     }
     let bits = unsigned(tags::BITS_STORED, "BitsStored").unwrap_or(bits_allocated);
     let high = unsigned(tags::HIGH_BIT, "HighBit").unwrap_or(bits.saturating_sub(1));
-    if bits == 0 || bits > bits_allocated || high + 1 < bits || high >= bits_allocated {
+    if bits == 0 || bits > bits_allocated || high >= bits_allocated || high + 1 < bits {
         return Err(corrupt(
             "DICOM: BitsAllocated, BitsStored and HighBit contradict each other",
         ));
@@ -1004,10 +1005,19 @@ impl<'a> Flat<'a> {
         }
     }
 
-    /// Takes an element, the first of its tag, unless it is one that no wanted element may be.
+    /// Takes an element, the first of its tag, if it is of a kind that a wanted element may be.
+    ///
+    /// `dicom-object` reads whole numbers and believes a length that is no multiple of theirs: what follows would be
+    /// read out of step, as headers with any length in them, for which it makes room.
     fn add(&mut self, element: &Element) {
-        let sequence = element.undefined || matches!(&element.vr, b"SQ" | b"UN");
-        if !sequence && element.value.len() <= MAX_VALUE && !self.seen.contains(&element.tag) {
+        let length = element.value.len();
+        let fits = match &element.vr {
+            b"CS" | b"UI" | b"DA" | b"TM" | b"DT" | b"SH" | b"LO" | b"IS" | b"DS" | b"OB" => true,
+            // Implicit: whatever the dictionary says, no wanted element has numbers of more than two bytes.
+            b"US" | b"SS" | b"OW" | [0, 0] => length.is_multiple_of(2),
+            _ => false,
+        };
+        if fits && !element.undefined && length <= MAX_VALUE && !self.seen.contains(&element.tag) {
             self.seen.push(element.tag);
             self.data
                 .extend_from_slice(&self.bytes[element.whole.clone()]);

@@ -38,6 +38,7 @@ from pydicom.uid import (
     JPEGExtended12Bit,
     JPEGLosslessSV1,
     JPEGLSLossless,
+    JPEGLSNearLossless,
     RLELossless,
 )
 
@@ -278,6 +279,15 @@ def files():
     add("jpeg2000-rgb", compressed(dataset(rgb, photometric="RGB"), JPEG2000Lossless), ())
     add("jpeg2000-lossy", compressed(dataset(u12, bits=12, **window), JPEG2000, j2k_cr=[6]), tolerance=2)
     add("jpeg2000-frames", compressed(dataset(many, bits=12, **window), JPEG2000Lossless))
+    add("jpeg-ls", compressed(dataset(u12, bits=12, **window), JPEGLSLossless))
+    add("jpeg-ls-8", compressed(dataset(u8), JPEGLSLossless), ())
+    add("jpeg-ls-signed", compressed(dataset(s16, signed=True, WindowCenter=200, WindowWidth=1500), JPEGLSLossless))
+    add("jpeg-ls-near", compressed(dataset(u12, bits=12, **window), JPEGLSNearLossless, jls_error=3))
+    add("jpeg-ls-near-8", compressed(dataset(u8), JPEGLSNearLossless, jls_error=2), ())
+    blocks = np.kron(np.arange(42).reshape(6, 7) * 97 % 4096, np.ones((6, 6))).astype(np.uint16)
+    add("jpeg-ls-runs", compressed(dataset(blocks, bits=12, **window), JPEGLSLossless))
+    add("jpeg-ls-colour", compressed(dataset(rgb, photometric="RGB"), JPEGLSLossless), ())
+    out["jpeg-ls-colour"] = (out["jpeg-ls-colour"][0], "unsupported")
     add("jpeg-lossless", encapsulated(dataset(u12, bits=12, **window), JPEGLosslessSV1, [jpeg_lossless(u12, 12)]))
     out["jpeg-lossless"] = (out["jpeg-lossless"][0], dataset(u12, bits=12, **window), [reduced], 0)
     add("jpeg-lossless-8", encapsulated(dataset(u8), JPEGLosslessSV1, [jpeg_lossless(u8, 8)]), ())
@@ -322,8 +332,6 @@ def files():
     out["aspect-wide"] = (write(dataset(u8, PixelAspectRatio=[1, 3])), (3 * W, H), [aspect], 0)
     out["aspect-square"] = (write(dataset(u8, PixelSpacing=[0.7, 0.7])), (W, H), [], 0)
 
-    ls = compressed(dataset(u12, bits=12, **window), JPEGLSLossless)
-    out["jpeg-ls"] = (write(ls), "unsupported")
     wide = encapsulated(dataset(u12, bits=12), JPEGExtended12Bit, [jpeg(Image.fromarray(u8)).replace(b"\xff\xc0\0\x0b\x08", b"\xff\xc1\0\x0b\x0c")])
     out["jpeg-extended-12"] = (write(wide), "unsupported")
     out["mpeg4"] = (write(encapsulated(dataset(u8), UID("1.2.840.10008.1.2.4.102"), [b"\0" * 40])), "unsupported")

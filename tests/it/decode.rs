@@ -1,7 +1,5 @@
 //! Image files into pictures: the same pixels as OpenCV's `imread`, and a reason for every bad file.
 
-#![allow(clippy::unwrap_used)]
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 

@@ -5,9 +5,25 @@ use std::path::Path;
 
 /// Modules by layer, from the bottom. Within the two middle kinds of layer nobody imports a neighbour.
 const PURE: [&str; 9] = [
-    "config", "health", "imaging", "manifest", "message", "phantom", "prediction", "scan", "tensor",
+    "config",
+    "health",
+    "imaging",
+    "manifest",
+    "message",
+    "phantom",
+    "prediction",
+    "scan",
+    "tensor",
 ];
-const EDGES: [&str; 7] = ["broker", "engine", "mqtt", "simulate", "store", "telemetry", "watch"];
+const EDGES: [&str; 7] = [
+    "broker",
+    "engine",
+    "mqtt",
+    "simulate",
+    "store",
+    "telemetry",
+    "watch",
+];
 const CORE: [&str; 1] = ["classifier"];
 const LOOPS: [&str; 3] = ["pipeline", "publisher", "studies"];
 const TOP: [&str; 2] = ["daemon", "cli"];
@@ -38,20 +54,31 @@ fn sources() -> BTreeMap<String, String> {
                 let text = std::fs::read_to_string(&path).unwrap();
                 // Tests inside a module may use what they like; comments import nothing.
                 let code = text.split("#[cfg(test)]").next().unwrap();
-                let code: Vec<_> = code.lines().filter(|l| !l.trim_start().starts_with("//")).collect();
+                let code: Vec<_> = code
+                    .lines()
+                    .filter(|l| !l.trim_start().starts_with("//"))
+                    .collect();
                 out.entry(module).or_default().push_str(&code.join("\n"));
             }
         }
     }
     let mut out = BTreeMap::new();
-    collect(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), None, &mut out);
+    collect(
+        &Path::new(env!("CARGO_MANIFEST_DIR")).join("src"),
+        None,
+        &mut out,
+    );
     out
 }
 
 fn imports(code: &str) -> Vec<&str> {
     code.split("crate::")
         .skip(1)
-        .map(|rest| rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap())
+        .map(|rest| {
+            rest.split(|c: char| !c.is_alphanumeric() && c != '_')
+                .next()
+                .unwrap()
+        })
         .collect()
 }
 
@@ -59,7 +86,8 @@ fn imports(code: &str) -> Vec<&str> {
 fn imports_point_down_only() {
     let mut wrong = Vec::new();
     for (module, code) in sources() {
-        let own = rank(&module).unwrap_or_else(|| panic!("{module} has no layer; add it here and to ARCHITECTURE.md"));
+        let own = rank(&module)
+            .unwrap_or_else(|| panic!("{module} has no layer; add it here and to ARCHITECTURE.md"));
         for import in imports(&code) {
             // `pub(crate)` and group imports end in an empty name.
             let Some(other) = rank(import) else { continue };
@@ -77,7 +105,8 @@ fn outside_crates_have_one_home_and_unsafe_lives_in_the_engine() {
     let mut wrong = Vec::new();
     for (module, code) in sources() {
         for (owned, home) in OWNED {
-            let named = code.contains(&format!("use {owned}")) || code.contains(&format!(" {owned}::"));
+            let named =
+                code.contains(&format!("use {owned}")) || code.contains(&format!(" {owned}::"));
             if named && module != home {
                 wrong.push(format!("{module} names {owned}"));
             }

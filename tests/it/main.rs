@@ -11,5 +11,6 @@ mod engine;
 mod layers;
 mod main_job;
 mod parity;
+mod smoke;
 mod store;
 mod support;

@@ -6,7 +6,9 @@ use std::path::Path;
 use proptest::prelude::*;
 use scansentry::message::{AlertChange, OutboxMessage};
 use scansentry::scan::{Pseudonym, ScanFile, Stamp};
-use scansentry::store::{Claim, DATABASE, NewOutcome, Opened, StateDir, Store, StoreError, StudyGroup};
+use scansentry::store::{
+    Claim, DATABASE, NewOutcome, Opened, StateDir, Store, StoreError, StudyGroup,
+};
 
 const ATTEMPTS: u32 = 3;
 
@@ -15,8 +17,16 @@ fn id(number: u8) -> Pseudonym {
 }
 
 fn file(number: u8) -> ScanFile {
-    let stamp = Stamp { size: 1, mtime_ns: 2, ctime_ns: 3, inode: u64::from(number) };
-    ScanFile { path: format!("{number}").into(), stamp }
+    let stamp = Stamp {
+        size: 1,
+        mtime_ns: 2,
+        ctime_ns: 3,
+        inode: u64::from(number),
+    };
+    ScanFile {
+        path: format!("{number}").into(),
+        stamp,
+    }
 }
 
 fn outcome(number: u8) -> NewOutcome {
@@ -26,14 +36,23 @@ fn outcome(number: u8) -> NewOutcome {
         reason: None,
         decision: Some("positive"),
         probability: Some(0.9),
-        group: StudyGroup { group_id: id(200), fixed: false, fresh_id: id(201) },
+        group: StudyGroup {
+            group_id: id(200),
+            fixed: false,
+            fresh_id: id(201),
+        },
         images: 1,
         positives: 1,
     }
 }
 
 fn message(number: u8) -> OutboxMessage {
-    OutboxMessage { seq: 0, event_id: id(number), topic: "t".into(), payload: vec![number] }
+    OutboxMessage {
+        seq: 0,
+        event_id: id(number),
+        topic: "t".into(),
+        payload: vec![number],
+    }
 }
 
 struct Running {
@@ -67,13 +86,17 @@ impl Running {
     }
 
     fn claim(&self, number: u8) -> Claim {
-        self.store().call_blocking(move |l| l.claim(id(number), &file(number), 100, ATTEMPTS)).unwrap()
+        self.store()
+            .call_blocking(move |l| l.claim(id(number), &file(number), 100, ATTEMPTS))
+            .unwrap()
     }
 
     fn record(&self, number: u8) -> bool {
         self.store()
             .call_blocking(move |l| {
-                l.record(&outcome(number), 100, false, |_, _| vec![message(number), message(number + 100)])
+                l.record(&outcome(number), 100, false, |_, _| {
+                    vec![message(number), message(number + 100)]
+                })
             })
             .unwrap()
     }
@@ -184,9 +207,9 @@ proptest! {
 fn a_failed_call_leaves_no_trace_and_its_neighbours_alone() {
     let running = Running::new();
     running.claim(1);
-    let failed = running.store().call_blocking(|l| {
-        l.record(&outcome(1), 100, false, |_, _| vec![message(1), message(1)])
-    });
+    let failed = running
+        .store()
+        .call_blocking(|l| l.record(&outcome(1), 100, false, |_, _| vec![message(1), message(1)]));
     assert!(failed.is_err(), "the same event twice cannot be stored");
     assert_eq!(running.pending(), Vec::<u8>::new());
     assert_eq!(running.store().outbox_len(), 0);
@@ -200,7 +223,14 @@ fn a_damaged_ledger_is_set_aside_and_a_newer_one_left_alone() {
     let opened = Store::open(folder.path()).unwrap();
     let aside = opened.set_aside.unwrap();
     assert_eq!(std::fs::read(&aside).unwrap(), vec![0x5a; 8192]);
-    assert!(aside.file_name().unwrap().to_str().unwrap().contains("damaged"));
+    assert!(
+        aside
+            .file_name()
+            .unwrap()
+            .to_str()
+            .unwrap()
+            .contains("damaged")
+    );
 
     drop(opened.store);
     opened.thread.join().unwrap();
@@ -208,7 +238,10 @@ fn a_damaged_ledger_is_set_aside_and_a_newer_one_left_alone() {
     let sqlite = rusqlite::Connection::open(&database).unwrap();
     sqlite.pragma_update(None, "user_version", 99).unwrap();
     drop(sqlite);
-    assert!(matches!(Store::open(folder.path()), Err(StoreError::Newer { found: 99, .. })));
+    assert!(matches!(
+        Store::open(folder.path()),
+        Err(StoreError::Newer { found: 99, .. })
+    ));
     assert!(database.exists());
 }
 
@@ -217,13 +250,26 @@ fn known_files_are_skipped_until_their_stamp_changes_and_forgotten_when_long_gon
     let running = Running::new();
     running.claim(1);
     running.record(1);
-    let unknown = |files: Vec<ScanFile>, day| running.store().call_blocking(move |l| l.unknown(files, day)).unwrap();
+    let unknown = |files: Vec<ScanFile>, day| {
+        running
+            .store()
+            .call_blocking(move |l| l.unknown(files, day))
+            .unwrap()
+    };
     let mut changed = file(1);
     changed.stamp.ctime_ns += 1;
-    assert_eq!(unknown(vec![file(1), file(2), changed.clone()], 0), [file(2), changed]);
+    assert_eq!(
+        unknown(vec![file(1), file(2), changed.clone()], 0),
+        [file(2), changed]
+    );
     // Seen again on day 500, the file keeps its scan; not seen since, both go, but not while a message waits for nothing of it.
     unknown(vec![file(1)], 500);
-    let prune = |day| running.store().call_blocking(move |l| l.prune(day, 100)).unwrap();
+    let prune = |day| {
+        running
+            .store()
+            .call_blocking(move |l| l.prune(day, 100))
+            .unwrap()
+    };
     assert_eq!(prune(400), 0);
     assert!(prune(501) >= 2);
     assert_eq!(running.claim(1), Claim::Run { attempt: 1 });
@@ -239,22 +285,36 @@ fn one_alert_a_study_updated_and_closed() {
         running
             .store()
             .call_blocking(move |l| {
-                l.record(&outcome(number), 100 + i64::from(number), true, |study, change| {
-                    tell.send((change, study.positives, study.alert_revision)).unwrap();
-                    vec![]
-                })
+                l.record(
+                    &outcome(number),
+                    100 + i64::from(number),
+                    true,
+                    |study, change| {
+                        tell.send((change, study.positives, study.alert_revision))
+                            .unwrap();
+                        vec![]
+                    },
+                )
             })
             .unwrap();
         said.extend(told.try_iter());
     }
-    assert_eq!(said, [(Some(AlertChange::Raised), 1, 1), (None, 2, 1), (None, 3, 1)]);
+    assert_eq!(
+        said,
+        [
+            (Some(AlertChange::Raised), 1, 1),
+            (None, 2, 1),
+            (None, 3, 1)
+        ]
+    );
     let tend = |now: i64, quiet: i64, update: i64| {
         let (tell, told) = std::sync::mpsc::channel();
         running
             .store()
             .call_blocking(move |l| {
                 l.tend_studies(now, quiet, update, 10, |study, change| {
-                    tell.send((change, study.positives, study.alert_revision)).unwrap();
+                    tell.send((change, study.positives, study.alert_revision))
+                        .unwrap();
                     vec![]
                 })
             })
@@ -280,5 +340,11 @@ fn the_state_directory_is_private_and_has_one_user() {
     assert_eq!(mode(&path.join("pseudonym.key")), 0o600);
     let id = first.key().pseudonym("scan", &[b"x"]);
     drop(first);
-    assert_eq!(StateDir::open(&path).unwrap().key().pseudonym("scan", &[b"x"]), id);
+    assert_eq!(
+        StateDir::open(&path)
+            .unwrap()
+            .key()
+            .pseudonym("scan", &[b"x"]),
+        id
+    );
 }

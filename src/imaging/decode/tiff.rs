@@ -33,7 +33,7 @@ pub(super) fn check(
     limits: &Limits,
     notes: &mut Vec<DecodeNote>,
 ) -> Result<(), RejectReason> {
-    let plain = without_palette(bytes);
+    let plain = without_palette(bytes, &Directory::read(bytes, limits)?);
     let mut decoder = open(&plain.bytes, limits)?;
     check_strips(&mut decoder, bytes, limits)?;
     if decoder.more_images() {
@@ -100,7 +100,7 @@ pub(super) fn decode(
     limits: &Limits,
     notes: &mut Vec<DecodeNote>,
 ) -> Result<Picture, RejectReason> {
-    let plain = without_palette(bytes);
+    let plain = without_palette(bytes, &Directory::read(bytes, limits)?);
     let mut decoder = open(&plain.bytes, limits)?;
     let (width, height) = decoder.dimensions().map_err(|e| reason(&e))?;
     let color = decoder.colortype().map_err(|e| reason(&e))?;
@@ -285,52 +285,133 @@ struct Plain<'a> {
 
 /// The `tiff` crate refuses palette images, though it can read their indices: in a copy of the file the first
 /// directory calls them grey levels, and the palette is applied here.
-fn without_palette(bytes: &[u8]) -> Plain<'_> {
-    let plain = Plain {
-        bytes: Cow::Borrowed(bytes),
-        palette: false,
-    };
-    let little = bytes.starts_with(b"II*\0");
-    if !little && !bytes.starts_with(b"MM\0*") {
-        return plain; // BigTIFF: left as it is
-    }
-    let short = |at: usize| {
-        let two = bytes.get(at..at.checked_add(2)?)?.try_into().ok()?;
-        Some(if little {
-            u16::from_le_bytes(two)
-        } else {
-            u16::from_be_bytes(two)
-        })
-    };
-    let long = |at: usize| {
-        let four = bytes.get(at..at.checked_add(4)?)?.try_into().ok()?;
-        Some(if little {
-            u32::from_le_bytes(four)
-        } else {
-            u32::from_be_bytes(four)
-        } as usize)
-    };
-    let photometric = || {
-        let directory = long(4)?;
-        let entries = usize::from(short(directory)?);
-        (0..entries)
-            .map(|entry| directory + 2 + entry * 12)
-            .find(|at| short(*at) == Some(Tag::PhotometricInterpretation.to_u16()))
-            .filter(|at| short(at + 2) == Some(3) && short(at + 8) == Some(PALETTE))
-    };
-    let Some(at) = photometric() else {
-        return plain;
+fn without_palette<'a>(bytes: &'a [u8], directory: &Directory) -> Plain<'a> {
+    let photometric = directory
+        .entries
+        .iter()
+        .find(|entry| entry.tag == Tag::PhotometricInterpretation.to_u16());
+    let order = directory.order;
+    let palette =
+        |entry: &&Entry| entry.kind == SHORT && order.short(bytes, entry.value) == Some(PALETTE);
+    let Some(entry) = photometric.filter(palette) else {
+        return Plain {
+            bytes: Cow::Borrowed(bytes),
+            palette: false,
+        };
     };
     let mut copy = bytes.to_vec();
-    let gray = if little {
+    let gray = if order.little {
         1_u16.to_le_bytes()
     } else {
         1_u16.to_be_bytes()
     };
-    copy[at + 8..at + 10].copy_from_slice(&gray);
+    copy[entry.value..entry.value + 2].copy_from_slice(&gray);
     Plain {
         bytes: Cow::Owned(copy),
         palette: true,
+    }
+}
+
+/// `Type` of a directory entry: 16 bits.
+const SHORT: u16 = 3;
+
+/// The first directory, headers only.
+///
+/// The `tiff` crate makes room for as many values as an entry claims before it reads one, and does so before it can be
+/// given limits; so the claims are checked here first.
+struct Directory {
+    order: Order,
+    entries: Vec<Entry>,
+}
+
+struct Entry {
+    tag: u16,
+    kind: u16,
+    /// Where the value, or its offset, stands.
+    value: usize,
+}
+
+#[derive(Clone, Copy)]
+struct Order {
+    little: bool,
+}
+
+impl Order {
+    fn short(self, bytes: &[u8], at: usize) -> Option<u16> {
+        let bytes = bytes.get(at..at.checked_add(2)?)?.try_into().ok()?;
+        Some(if self.little {
+            u16::from_le_bytes(bytes)
+        } else {
+            u16::from_be_bytes(bytes)
+        })
+    }
+
+    /// 4 or 8 bytes, the width of an offset.
+    fn offset(self, bytes: &[u8], at: usize, big: bool) -> Option<u64> {
+        let bytes = bytes.get(at..at.checked_add(if big { 8 } else { 4 })?)?;
+        let step = |value: u64, byte: &u8| value << 8 | u64::from(*byte);
+        Some(if self.little {
+            bytes.iter().rev().fold(0, step)
+        } else {
+            bytes.iter().fold(0, step)
+        })
+    }
+}
+
+impl Directory {
+    fn read(bytes: &[u8], limits: &Limits) -> Result<Self, RejectReason> {
+        let ends = || truncated("TIFF: the data ends before its directory does");
+        let order = Order {
+            little: bytes.starts_with(b"II"),
+        };
+        let big = order.short(bytes, 2) == Some(43);
+        let (width, entry_bytes) = if big { (8, 20) } else { (4, 12) };
+        let at = order
+            .offset(bytes, if big { 8 } else { 4 }, big)
+            .ok_or_else(ends)?;
+        let at = usize::try_from(at).map_err(|_| ends())?;
+        let count = if big {
+            order.offset(bytes, at, true)
+        } else {
+            order.short(bytes, at).map(u64::from)
+        };
+        let count = count.ok_or_else(ends)?;
+        let first = at + if big { 8 } else { 2 };
+        if count > 4096 {
+            return Err(corrupt(
+                "TIFF: the directory has more entries than there are tags",
+            ));
+        }
+        let mut entries = Vec::new();
+        for index in 0..count as usize {
+            let at = first + index * entry_bytes;
+            let tag = order.short(bytes, at).ok_or_else(ends)?;
+            let kind = order.short(bytes, at + 2).ok_or_else(ends)?;
+            let count = order.offset(bytes, at + 4, big).ok_or_else(ends)?;
+            let value = at + 4 + width;
+            let offset = order.offset(bytes, value, big).ok_or_else(ends)?;
+            let size = count.saturating_mul(match kind {
+                3 | 8 => 2,
+                4 | 9 | 11 | 13 => 4,
+                5 | 10 | 12 | 16..=18 => 8,
+                _ => 1,
+            });
+            if size > width as u64 && offset.saturating_add(size) > bytes.len() as u64 {
+                return Err(ends());
+            }
+            // A value takes 32 bytes in the crate, and a list is copied once.
+            if count.saturating_mul(64) > limits.decode_bytes {
+                return Err(RejectReason::new(
+                    RejectCode::TooManyPixels,
+                    format!(
+                        "TIFF: a list of {count} values takes more than {} bytes",
+                        limits.decode_bytes
+                    ),
+                ));
+            }
+            entries.push(Entry { tag, kind, value });
+        }
+        Ok(Self { order, entries })
     }
 }
 

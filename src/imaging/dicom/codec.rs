@@ -9,6 +9,7 @@ use std::borrow::Cow;
 use dicom_transfer_syntax_registry::{TransferSyntaxIndex, TransferSyntaxRegistry};
 
 use super::super::decode::{Limits, corrupt, jpeg, unsupported};
+use super::jpegls;
 use super::walk::Encoding;
 use crate::imaging::Picture;
 use crate::prediction::RejectReason;
@@ -26,6 +27,8 @@ pub(super) enum Codec {
     JpegDct,
     /// JPEG lossless, any predictor.
     JpegLossless,
+    /// JPEG-LS, lossless or nearly so.
+    JpegLs,
     /// JPEG 2000, lossless or not.
     Jpeg2000,
 }
@@ -62,6 +65,7 @@ pub(super) fn syntax(uid: &str) -> Result<Syntax, RejectReason> {
         "1.2.840.10008.1.2.5" => compressed(Codec::Rle),
         "1.2.840.10008.1.2.4.50" | "1.2.840.10008.1.2.4.51" => compressed(Codec::JpegDct),
         "1.2.840.10008.1.2.4.57" | "1.2.840.10008.1.2.4.70" => compressed(Codec::JpegLossless),
+        "1.2.840.10008.1.2.4.80" | "1.2.840.10008.1.2.4.81" => compressed(Codec::JpegLs),
         "1.2.840.10008.1.2.4.90" | "1.2.840.10008.1.2.4.91" => compressed(Codec::Jpeg2000),
         _ => return Err(unsupported(name(uid))),
     })
@@ -143,6 +147,7 @@ pub(super) fn decode<'a>(
         Codec::Rle => rle(&data, shape),
         Codec::JpegDct => jpeg_dct(&data, shape, limits),
         Codec::JpegLossless => jpeg_lossless(&data, shape, limits),
+        Codec::JpegLs => jpeg_ls(&data, shape),
         Codec::Jpeg2000 => jpeg2000(&data, shape, limits),
     }
 }
@@ -403,6 +408,30 @@ fn jpeg_lossless(
         )
     } else {
         widen(bytes, shape)
+    };
+    Ok(Decoded { raw, is_rgb: false })
+}
+
+fn jpeg_ls(data: &[u8], shape: &Shape) -> Result<Decoded<'static>, RejectReason> {
+    let reason = |fault| match fault {
+        jpegls::Fault::Damaged => corrupt("DICOM: the JPEG-LS data is damaged"),
+        jpegls::Fault::Unsupported => {
+            unsupported("DICOM: JPEG-LS with colour or restart markers is not supported")
+        }
+    };
+    let header = jpegls::Header::read(data).map_err(reason)?;
+    if (header.width, header.height, 1) != (shape.width, shape.height, shape.channels) {
+        return Err(disagrees("JPEG-LS"));
+    }
+    let samples = header.decode(data).map_err(reason)?;
+    let raw = if shape.bits_allocated == 16 {
+        Raw::Words(samples)
+    } else if header.precision <= 8 {
+        Raw::Bytes(Cow::Owned(
+            samples.into_iter().map(|sample| sample as u8).collect(),
+        ))
+    } else {
+        return Err(disagrees("JPEG-LS"));
     };
     Ok(Decoded { raw, is_rgb: false })
 }

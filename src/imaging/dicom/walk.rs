@@ -225,7 +225,7 @@ impl<'a> Walk<'a> {
                 SEQUENCE_END if in_sequence => drop(open.pop()),
                 ITEM_END if !in_sequence => drop(open.pop()),
                 ITEM if in_sequence && header.length == UNDEFINED => {
-                    open.push(Level::Item(encoding))
+                    open.push(Level::Item(encoding));
                 }
                 ITEM if in_sequence => at = self.within(at, header.length)?,
                 _ if in_sequence => {
