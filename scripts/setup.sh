@@ -10,12 +10,12 @@ set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 
 # A C compiler for the bundled SQLite; pip for LiteRT's wheel; the broker and its clients for the tests.
-packages="gcc libc6-dev python3 python3-pip python3-venv mosquitto mosquitto-clients"
+packages="gcc libc6-dev python3 python3-pip python3-venv mosquitto mosquitto-clients openssl"
 
 say() { echo "setup: $*" >&2; }
 
 command -v cargo >/dev/null || {
-    say "cargo is not installed; install a Rust toolchain (rustup), 1.90 or newer"
+    say "cargo is not installed; install a Rust toolchain (rustup), 1.92 or newer"
     exit 1
 }
 
@@ -40,7 +40,7 @@ if command -v dpkg-query >/dev/null && command -v apt-get >/dev/null; then
         $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
     fi
 else
-    for command in cc python3 mosquitto mosquitto_sub; do
+    for command in cc python3 mosquitto mosquitto_sub openssl; do
         command -v "$command" >/dev/null || PATH=$PATH:/usr/sbin command -v "$command" >/dev/null ||
             say "$command is missing; install it by hand"
     done

@@ -574,9 +574,8 @@ fn read_layer(path: &Path, layers: &mut Vec<Layer>, problems: &mut Vec<String>) 
 /// Where in `text` a TOML error is, as a line number from 1, and what it says, as one line.
 pub fn line_and_message(text: &str, error: &toml::de::Error) -> (usize, String) {
     let start = error.span().map_or(0, |span| span.start.min(text.len()));
-    let line = text.as_bytes()[..start]
-        .iter()
-        .filter(|&&byte| byte == b'\n')
+    let line = String::from_utf8_lossy(&text.as_bytes()[..start])
+        .matches('\n')
         .count()
         + 1;
     let words: Vec<_> = error.message().split_whitespace().collect();

@@ -110,6 +110,8 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
         classifiers,
     } = prepared;
     let health = Health::default();
+    // What this process writes, above all the ledger with its paths, is for its own user.
+    rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
     let state = StateDir::open(&config.state.dir)
         .context(format!("state.dir: {}", config.state.dir.display()))?;
     let Opened {

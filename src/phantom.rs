@@ -234,7 +234,7 @@ impl Phantom {
             }
             let body = body.and(&brain);
             canvas.paint_mask(&body, |level, i| {
-                *level = (brain_grey + gain) as f32 + texture * field[i]
+                *level = (brain_grey + gain) as f32 + texture * field[i];
             });
             if core {
                 let middle = canvas.mask(&ellipse(x, y, 0.5 * extent, 0.0)).and(&brain);

@@ -32,7 +32,7 @@ pub const STOPPED: &[u8] = b"stopped";
 pub const OFFLINE: &[u8] = b"offline";
 
 /// How long to leave a refused message alone.
-const REFUSED_PAUSE: Duration = Duration::from_secs(60);
+const REFUSED_PAUSE: Duration = Duration::from_mins(1);
 
 /// How long the goodbye may take.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -384,7 +384,7 @@ impl<'a> Connection<'a> {
                 while !self.own.is_empty() {
                     match self.session.next().await {
                         Event::Acked(ticket) | Event::Refused(ticket, _) => {
-                            _ = self.own.remove(&ticket)
+                            _ = self.own.remove(&ticket);
                         }
                         Event::Lost(_) => return,
                         _ => {}
@@ -421,7 +421,8 @@ impl Backoff {
         let mut random = [0; 2];
         // Without random numbers the wait is simply not shortened.
         let _ = getrandom::fill(&mut random);
-        wait - wait.mul_f64(f64::from(u16::from_le_bytes(random)) / f64::from(u16::MAX) / 2.0)
+        let part = f64::from(u16::from_le_bytes(random)) / f64::from(u16::MAX);
+        wait.mul_f64(1.0 - part / 2.0)
     }
 
     fn reset(&mut self) {

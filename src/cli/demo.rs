@@ -17,7 +17,7 @@ use crate::simulate::{ExportFormat, Simulator, Writing};
 use crate::telemetry;
 
 /// How long the last results may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 #[derive(Debug, Args)]
 pub(super) struct DemoArgs {
@@ -73,7 +73,7 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
     match &args.images {
         Some(folder) => println!("  images         {}", folder.display()),
         None => {
-            println!("  images         generated phantoms, every second one with a bright lesion")
+            println!("  images         generated phantoms, every second one with a bright lesion");
         }
     }
     println!("  Ctrl-C stops\n");
@@ -93,7 +93,10 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
         let control = Control::default();
         let mut running = tokio::spawn(daemon::run(prepared, control.clone(), || {}));
         let mut session = Session::open(&listener);
-        session.subscribe("scansentry/#").await.map_err(gone)?;
+        session
+            .subscribe("scansentry/#")
+            .await
+            .map_err(|e| gone(&e))?;
         let stop = stopping.clone();
         let mut exporting = tokio::task::spawn_blocking(move || {
             simulator.run(|| stop.load(Ordering::Relaxed), |_| {})
@@ -111,7 +114,7 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
                 end = &mut running => break Err(ended(end)),
                 exported = &mut exporting, if expected.is_none() => match exported {
                     Ok(Ok(count)) => expected = Some(count),
-                    Ok(Err(error)) => break Err(super::simulate::failure(error)),
+                    Ok(Err(error)) => break Err(super::simulate::failure(&error)),
                     Err(error) => break Err(Failure::Runtime(format!("simulate: {error}"))),
                 },
                 event = session.next() => match event {
@@ -133,7 +136,7 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
     })
 }
 
-fn gone(error: crate::mqtt::Gone) -> Failure {
+fn gone(error: &crate::mqtt::Gone) -> Failure {
     Failure::Runtime(format!("broker: {error}"))
 }
 

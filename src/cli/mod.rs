@@ -110,7 +110,7 @@ pub fn main() -> ExitCode {
 impl Global {
     /// The configuration, checked. A file that was asked for must exist; the default one need not.
     fn load(&self) -> Result<Config, Failure> {
-        let required = self.config != PathBuf::from(config::DEFAULT_PATH);
+        let required = self.config.as_os_str() != config::DEFAULT_PATH;
         let environment = std::env::vars_os().filter_map(|(key, value)| {
             Some((
                 key.into_string().ok()?,

@@ -60,12 +60,12 @@ pub(super) fn simulate(args: &SimulateArgs) -> Result<(), Failure> {
         images: args.images.clone(),
     };
     // Ctrl-C ends the process; a file that was being written keeps its temporary name.
-    let exported = simulator.run(|| false, |_| {}).map_err(failure)?;
+    let exported = simulator.run(|| false, |_| {}).map_err(|e| failure(&e))?;
     println!("{exported} images exported to {}", args.to.display());
     Ok(())
 }
 
 /// A setting of the simulator that makes no sense is wrong usage of the command line, but clap has accepted it: exit 1 with the reason.
-pub(super) fn failure(error: SimulateError) -> Failure {
+pub(super) fn failure(error: &SimulateError) -> Failure {
     Failure::Runtime(format!("simulate: {error}"))
 }

@@ -405,7 +405,7 @@ fn log(examined: &Examined, took: Duration) {
                 "classified"
             ),
             Err(reason) => {
-                tracing::warn!(%scan_id, frame, code = reason.code.as_str(), "{}: {}", outcome_word(false, Some(reason)), reason.message)
+                tracing::warn!(%scan_id, frame, code = reason.code.as_str(), "{}: {}", outcome_word(false, Some(reason)), reason.message);
             }
         }
     }

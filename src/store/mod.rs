@@ -58,7 +58,7 @@ pub enum StoreError {
         /// Format of this version.
         known: i64,
     },
-    /// Anything else that SQLite says.
+    /// Anything else that `SQLite` says.
     #[error("ledger: {0}")]
     Other(String),
     /// The store thread has ended.

@@ -244,6 +244,9 @@ fn tiff_claiming(mut tiff: Vec<u8>, claims: &[(u16, u32)]) -> Vec<u8> {
 
 #[test]
 fn bombs_are_refused_by_their_headers() {
+    const WIDTH: u16 = 256;
+    const HEIGHT: u16 = 257;
+    const ROWS: u16 = 278;
     let many = Err(RejectCode::TooManyPixels);
     for name in [
         "png-gray8.png",
@@ -296,9 +299,6 @@ fn bombs_are_refused_by_their_headers() {
             );
         }
     }
-    const WIDTH: u16 = 256;
-    const HEIGHT: u16 = 257;
-    const ROWS: u16 = 278;
     for name in [
         "tiff-gray8.tif",
         "tiff-rgb8-lzw.tif",

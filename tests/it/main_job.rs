@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::support::{
-    Appliance, Mosquitto, assert_no_double_outcome, pause, shared_data, slices, wait_for,
+    Appliance, Mosquitto, assert_no_double_outcome, free_port, pause, shared_data, slices, wait_for,
 };
 
 #[test]
@@ -213,7 +213,7 @@ fn a_truncated_file_waits_for_its_rest() {
     let slice = &slices(1)[0];
     let (half, growing) = (slice.len() / 2, appliance.export().join("growing.png"));
     std::fs::write(&growing, &slice[..half]).unwrap();
-    std::fs::write(appliance.export().join("cut.png"), &slice[..half + 1]).unwrap();
+    std::fs::write(appliance.export().join("cut.png"), &slice[..=half]).unwrap();
     pause(Duration::from_millis(1500));
     assert_eq!(
         subscriber.results().len(),
@@ -274,6 +274,179 @@ fn a_folder_that_goes_away_and_comes_back_is_watched_again() {
     std::fs::create_dir(appliance.export()).unwrap();
     std::fs::write(appliance.export().join("b.png"), &slices(2)[1]).unwrap();
     subscriber.wait_for_scans(2);
+}
+
+#[test]
+fn whoever_comes_late_learns_status_and_health() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let broker = Mosquitto::start();
+    let mut appliance = Appliance::new(&broker.url());
+    appliance.start();
+    wait_for("the birth message", || {
+        let late = broker.subscribe();
+        let kept: Vec<_> = late.messages().into_iter().filter(|m| m.retained).collect();
+        let has = |kind: &str| kept.iter().any(|m| m.kind() == kind);
+        has("status") && has("health")
+    });
+    for entry in std::fs::read_dir(appliance.state())
+        .unwrap()
+        .map(Result::unwrap)
+    {
+        let mode = entry.metadata().unwrap().permissions().mode() & 0o077;
+        assert_eq!(mode, 0, "{} is for the daemon only", entry.path().display());
+    }
+}
+
+#[test]
+fn mqtt_3_1_1_by_config() {
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let mut appliance = Appliance::new(&broker.url());
+    appliance.set("SCANSENTRY__MQTT__PROTOCOL", "4");
+    appliance.start();
+    appliance.rename_in("a.png", &slices(1)[0]);
+    subscriber.wait_for_scans(1);
+    assert_eq!(appliance.stop(), Some(0));
+}
+
+#[test]
+fn a_hangup_reads_the_configuration_again_and_a_wrong_one_changes_nothing() {
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let mut appliance = Appliance::new(&broker.url());
+    appliance.start();
+    let file = appliance.folder.path().join("config.toml");
+    let good = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, format!("{good}[mqtt]\ninflight = 0\n")).unwrap();
+    appliance.process.as_ref().unwrap().signal("HUP");
+    wait_for("a refusal", || appliance.log().contains("not reloaded"));
+    assert!(appliance.log().contains("mqtt.inflight: 0 is out of range"));
+    appliance.rename_in("a.png", &slices(1)[0]);
+    subscriber.wait_for_scans(1);
+    std::fs::write(&file, format!("{good}[device]\nid = \"renamed\"\n")).unwrap();
+    appliance.process.as_ref().unwrap().signal("HUP");
+    wait_for("the new name", || {
+        subscriber
+            .messages()
+            .iter()
+            .any(|m| m.topic == "scansentry/radiology/renamed/status")
+    });
+    appliance.rename_in("b.png", &slices(2)[1]);
+    let results = subscriber.wait_for_scans(2);
+    assert_eq!(results[1]["device"], "renamed");
+    assert_eq!(appliance.stop(), Some(0));
+}
+
+#[test]
+fn login_and_client_certificate_come_from_the_config() {
+    let tls_port = free_port();
+    let lines = format!(
+        "allow_anonymous true\nlistener {tls_port} 127.0.0.1\ncafile {{dir}}/ca.pem\ncertfile {{dir}}/server.pem\n\
+         keyfile {{dir}}/server.key\nrequire_certificate true\npassword_file {{dir}}/passwords\n"
+    );
+    let broker = Mosquitto::start_with(&lines, |folder| {
+        certificates(folder);
+        let passwords = folder.join("passwords");
+        let user = [
+            "-b",
+            "-c",
+            passwords.to_str().unwrap(),
+            "appliance",
+            "secret",
+        ];
+        run("mosquitto_passwd", &user);
+    });
+    let subscriber = broker.subscribe();
+
+    let file = |name: &str| broker.folder().join(name).to_str().unwrap().to_owned();
+    std::fs::write(file("password"), "secret\n").unwrap();
+    let mut appliance = Appliance::new(&format!("mqtts://localhost:{tls_port}"));
+    appliance.set("SCANSENTRY__MQTT__CA_FILE", &file("ca.pem"));
+    appliance.set("SCANSENTRY__MQTT__CERT_FILE", &file("client.pem"));
+    appliance.set("SCANSENTRY__MQTT__KEY_FILE", &file("client.key"));
+    appliance.set("SCANSENTRY__MQTT__USERNAME", "appliance");
+    appliance.set("SCANSENTRY__MQTT__PASSWORD_FILE", &file("password"));
+    appliance.start();
+    appliance.rename_in("a.png", &slices(1)[0]);
+    subscriber.wait_for_scans(1);
+    assert!(!appliance.log().contains("secret"));
+
+    // An authority that did not sign the broker's certificate: no connection, and nothing lost.
+    appliance.set("SCANSENTRY__MQTT__CA_FILE", &file("other-ca.pem"));
+    assert_eq!(appliance.stop(), Some(0));
+    appliance.start();
+    appliance.rename_in("b.png", &slices(2)[1]);
+    wait_for("an outcome without a broker", || {
+        appliance.status()["counts"]["classified"] == 2
+    });
+    assert!(appliance.log().contains("degraded: no connection"));
+    let check = appliance.command(&["check"]).output().unwrap();
+    assert_eq!(check.status.code(), Some(78));
+    appliance.set("SCANSENTRY__MQTT__CA_FILE", &file("ca.pem"));
+    assert_eq!(appliance.stop(), Some(0));
+    appliance.start();
+    subscriber.wait_for_scans(2);
+}
+
+fn run(program: &str, arguments: &[&str]) {
+    let output = std::process::Command::new(program).args(arguments).output();
+    let output =
+        output.unwrap_or_else(|e| panic!("{program} does not start ({e}); run `make setup`"));
+    assert!(
+        output.status.success(),
+        "{program}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// Two authorities, and a server and a client certificate of the first.
+fn certificates(folder: &std::path::Path) {
+    let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+    let key = [
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    ];
+    for ca in ["ca", "other-ca"] {
+        let (cert, secret, subject) = (
+            path(&format!("{ca}.pem")),
+            path(&format!("{ca}.key")),
+            format!("/CN={ca}"),
+        );
+        let rest = [
+            "-x509", "-subj", &subject, "-out", &cert, "-keyout", &secret,
+        ];
+        run("openssl", &[&["req"][..], &key, &rest].concat());
+    }
+    for (name, subject, extension) in [
+        ("server", "/CN=localhost", "subjectAltName=DNS:localhost"),
+        ("client", "/CN=mri-1", "extendedKeyUsage=clientAuth"),
+    ] {
+        let (cert, secret) = (path(&format!("{name}.pem")), path(&format!("{name}.key")));
+        let (ca, ca_key) = (path("ca.pem"), path("ca.key"));
+        let rest = [
+            "-x509",
+            "-CA",
+            &ca,
+            "-CAkey",
+            &ca_key,
+            "-subj",
+            subject,
+            "-addext",
+            extension,
+            "-addext",
+            "basicConstraints=critical,CA:false",
+            "-out",
+            &cert,
+            "-keyout",
+            &secret,
+        ];
+        run("openssl", &[&["req"][..], &key, &rest].concat());
+    }
 }
 
 #[test]

@@ -192,7 +192,9 @@ proptest! {
                 }
                 Op::Crash => {
                     running = running.crash();
-                    scans.values_mut().for_each(|s| s.held = false);
+                    for scan in scans.values_mut() {
+                        scan.held = false;
+                    }
                 }
             }
             prop_assert_eq!(running.pending(), outbox.clone());

@@ -13,7 +13,7 @@ use scansentry::simulate::ExportFormat;
 use serde_json::Value;
 
 /// How long anything may take before a test gives up. Generous: these machines are slow and shared.
-pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_mins(2);
 
 pub fn bundle() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("models/braintumor")
@@ -110,19 +110,20 @@ pub struct Mosquitto {
 
 impl Mosquitto {
     pub fn start() -> Self {
-        Self::start_with("allow_anonymous true\n")
+        Self::start_with("allow_anonymous true\n", |_| {})
     }
 
-    /// With more configuration lines; `{dir}` in them is the broker's own folder.
-    pub fn start_with(lines: &str) -> Self {
+    /// With more configuration lines; `{dir}` in them is the broker's own folder, which `prepare` may fill first.
+    pub fn start_with(lines: &str, prepare: impl FnOnce(&Path)) -> Self {
         let folder = tempfile::tempdir().unwrap();
+        prepare(folder.path());
         let port = free_port();
         let dir = folder.path().display().to_string();
         let lines = lines.replace("{dir}", &dir);
         let config = format!(
             "listener {port} 127.0.0.1\npersistence true\npersistence_location {dir}/\nautosave_interval 1\nautosave_on_changes true\n\
              max_queued_messages 0\n{}{lines}",
-            if nix_root() { "user root\n" } else { "" }
+            if is_root() { "user root\n" } else { "" }
         );
         std::fs::write(folder.path().join("mosquitto.conf"), config).unwrap();
         let process = Self::spawn(folder.path());
@@ -156,6 +157,11 @@ impl Mosquitto {
         )
     }
 
+    /// The broker's own folder.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     fn wait_up(&self) {
         wait_for("Mosquitto", || {
             std::net::TcpStream::connect(("127.0.0.1", self.port)).is_ok()
@@ -180,13 +186,9 @@ impl Mosquitto {
     }
 }
 
-fn nix_root() -> bool {
-    rustix_uid() == 0
-}
-
-fn rustix_uid() -> u32 {
+fn is_root() -> bool {
     use std::os::unix::fs::MetadataExt as _;
-    std::fs::metadata("/proc/self").map_or(1, |m| m.uid())
+    std::fs::metadata("/proc/self").is_ok_and(|m| m.uid() == 0)
 }
 
 /// One message as it arrived.
@@ -325,12 +327,9 @@ pub fn assert_no_double_outcome(results: &[Value]) -> usize {
     let mut by_scan: HashMap<&str, &Value> = HashMap::new();
     let mut resends = 0;
     for result in results {
-        match by_scan.insert(result["scan_id"].as_str().unwrap(), result) {
-            Some(first) => {
-                assert_eq!(first, result, "two different messages for one scan");
-                resends += 1;
-            }
-            None => {}
+        if let Some(first) = by_scan.insert(result["scan_id"].as_str().unwrap(), result) {
+            assert_eq!(first, result, "two different messages for one scan");
+            resends += 1;
         }
     }
     resends
@@ -354,10 +353,10 @@ impl Appliance {
         let root = folder.path();
         std::fs::create_dir(root.join("export")).unwrap();
         let text = format!(
-            "[watch]\nfolder = {:?}\nsettle_ms = 200\n[model]\nbundle = {:?}\n[state]\ndir = {:?}\n[log]\nformat = \"text\"\nlevel = \"debug\"\n{more}\n",
-            root.join("export"),
-            bundle(),
-            root.join("state")
+            "[watch]\nfolder = '{}'\nsettle_ms = 200\n[model]\nbundle = '{}'\n[state]\ndir = '{}'\n[log]\nformat = \"text\"\nlevel = \"debug\"\n{more}\n",
+            root.join("export").display(),
+            bundle().display(),
+            root.join("state").display()
         );
         std::fs::write(root.join("config.toml"), text).unwrap();
         let environment = vec![
