@@ -20,11 +20,13 @@ const LIMITS: Limits = Limits {
 
 /// Decodes everything that can be decoded; complains of panics only.
 fn survives(bytes: &[u8]) -> Result<(), String> {
-    let gave_up =
-        |reason: scansentry::prediction::RejectReason| match reason.message.contains(GAVE_UP) {
-            true => Err(reason.message),
-            false => Ok(()),
-        };
+    let gave_up = |reason: scansentry::prediction::RejectReason| {
+        if reason.message.contains(GAVE_UP) {
+            Err(reason.message)
+        } else {
+            Ok(())
+        }
+    };
     let mut source = match Source::open(bytes, &LIMITS) {
         Ok(source) => source,
         Err(reason) => return gave_up(reason),
