@@ -4,15 +4,23 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use image::RgbImage;
+
+use crate::config::{Config, Misfits, Quality};
 use crate::engine::{self, ElementType, Engine, EngineInfo, TensorSpec};
 use crate::imaging::Picture;
-use crate::imaging::decode::{Limits, Source};
+use crate::imaging::decode::{DecodeNote, Limits, Source, SourceKind};
+use crate::imaging::dicom::DicomHeader;
+use crate::imaging::explain::explain;
+use crate::imaging::quality;
 use crate::imaging::quantize::{ColorOrder, Normalization, Quantizer};
 use crate::imaging::resize::{ResizeFilter, ResizeSpec, Resizer};
-use crate::imaging::roi::{CropSpec, RoiFinder};
+use crate::imaging::roi::{BrainContour, CropSpec, RoiFinder};
 use crate::manifest::{self, Manifest};
-use crate::message::{ModelRef, millis};
-use crate::prediction::{Classified, Heatmap, Prediction, RejectCode, RejectReason, Roi, Timings};
+use crate::message::{ClassifiedPicture, ModelRef, millis};
+use crate::prediction::{
+    Classified, Decision, Heatmap, Prediction, RejectCode, RejectReason, Roi, Timings,
+};
 use crate::scan::{hex, sha256};
 
 /// Name of the manifest inside a bundle.
@@ -90,6 +98,19 @@ fn read_bounded(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// What became of one file.
+#[derive(Debug)]
+pub struct ClassifiedFile {
+    /// Its format.
+    pub kind: SourceKind,
+    /// What decoding had to do.
+    pub notes: Vec<DecodeNote>,
+    /// For keyed hashes and grouping only; never published as it is.
+    pub header: Option<DicomHeader>,
+    /// At least one.
+    pub pictures: Vec<ClassifiedPicture>,
+}
+
 /// A model ready to run, with all its buffers. One a worker thread.
 pub struct Classifier {
     bundle: Arc<Bundle>,
@@ -97,14 +118,15 @@ pub struct Classifier {
     finder: Option<RoiFinder>,
     resizer: Resizer,
     quantizer: Quantizer,
+    quality: Quality,
     tensor: Vec<u8>,
     outputs: Vec<Vec<u8>>,
 }
 
 impl Classifier {
-    /// Loads the bundle's model with `threads` threads and checks that its tensors are what the manifest says.
-    pub fn new(bundle: Arc<Bundle>, threads: usize) -> Result<Self, BundleError> {
-        let engine = engine::load(&bundle.model, threads)
+    /// Loads the bundle's model with the threads that `config` gives it and checks that its tensors are what the manifest says.
+    pub fn new(bundle: Arc<Bundle>, config: &Config) -> Result<Self, BundleError> {
+        let engine = engine::load(&bundle.model, config.model.threads)
             .map_err(|e| BundleError(vec![format!("model.bundle: {e}; install another bundle")]))?;
         let manifest = &bundle.manifest;
         let problems = tensor_problems(manifest, engine.inputs(), engine.outputs());
@@ -157,6 +179,7 @@ impl Classifier {
             finder,
             resizer,
             quantizer,
+            quality: config.quality,
             tensor: Vec::new(),
             outputs: Vec::new(),
         })
@@ -203,23 +226,59 @@ impl Classifier {
         self.engine.info()
     }
 
-    /// The part of `picture` that the model would see.
-    pub fn roi(&mut self, picture: &Picture) -> Result<Roi, RejectReason> {
-        match &mut self.finder {
-            Some(finder) => Ok(finder.find(picture)?.roi),
-            None => Ok(Roi {
-                x: 0,
-                y: 0,
-                width: picture.width(),
-                height: picture.height(),
-            }),
+    /// The part of `picture` that the model sees, and the contour by which it was found.
+    fn roi(&mut self, picture: &Picture) -> Result<(Roi, Option<BrainContour>), RejectReason> {
+        if let Some(finder) = &mut self.finder {
+            let contour = finder.find(picture)?;
+            return Ok((contour.roi, Some(contour)));
         }
+        let whole = Roi {
+            x: 0,
+            y: 0,
+            width: picture.width(),
+            height: picture.height(),
+        };
+        Ok((whole, None))
+    }
+
+    /// Decodes and classifies every picture in the bytes of a file, one at a time.
+    pub fn classify_file(
+        &mut self,
+        bytes: &[u8],
+        limits: &Limits,
+    ) -> Result<ClassifiedFile, RejectReason> {
+        let mut start = Instant::now();
+        let mut source = Source::open(bytes, limits)?;
+        let frames = source.frame_count();
+        let mut pictures = Vec::with_capacity(frames as usize);
+        for index in 0..frames {
+            let outcome = source.frame(index).and_then(|picture| {
+                let decode = millis(start.elapsed());
+                let mut classified = self.classify(&picture)?;
+                classified.timings.decode = decode;
+                classified.timings.total = millis(start.elapsed());
+                Ok(classified)
+            });
+            let frame = (frames > 1).then_some(index + 1);
+            pictures.push(ClassifiedPicture { frame, outcome });
+            start = Instant::now();
+        }
+        Ok(ClassifiedFile {
+            kind: source.kind(),
+            notes: source.notes().to_vec(),
+            header: source.header().cloned(),
+            pictures,
+        })
     }
 
     /// Crop, resize, quantize, run, interpret.
     pub fn classify(&mut self, picture: &Picture) -> Result<Classified, RejectReason> {
         let start = Instant::now();
-        let roi = self.roi(picture)?;
+        let (roi, contour) = self.roi(picture)?;
+        let quality = self.finder.as_ref().zip(contour).map(|(finder, contour)| {
+            let measured = quality::measure(picture, finder, &contour);
+            self.quality.rule().assess(measured)
+        });
         let roi_done = Instant::now();
         let resized = self.resizer.resize(picture, roi);
         self.quantizer.quantize(resized, &mut self.tensor);
@@ -243,9 +302,13 @@ impl Classifier {
                 cells: real_values(&specs[h.index], &self.outputs[h.index]),
             }
         });
-        let prediction =
+        let mut prediction =
             Prediction::interpret(&manifest.output, &manifest.decision, &values, heatmap)
                 .map_err(failed)?;
+        let misfit = quality.as_ref().is_some_and(|q| q.misfit.is_some());
+        if misfit && self.quality.misfits == Misfits::Indeterminate {
+            prediction.decision = Decision::Indeterminate;
+        }
         let infer_done = Instant::now();
         let timings = Timings {
             roi: millis(roi_done - start),
@@ -256,15 +319,25 @@ impl Classifier {
         Ok(Classified {
             prediction,
             roi,
-            quality: Vec::new(),
+            quality,
             timings,
         })
     }
 
     /// What the model sees of `picture`: cropped and resized, before normalisation.
-    pub fn preprocess(&mut self, picture: &Picture) -> Result<(Roi, Picture), RejectReason> {
-        let roi = self.roi(picture)?;
-        Ok((roi, self.resizer.resize(picture, roi).clone()))
+    pub fn preprocess(&mut self, picture: &Picture) -> Result<Picture, RejectReason> {
+        let (roi, _) = self.roi(picture)?;
+        Ok(self.resizer.resize(picture, roi).clone())
+    }
+
+    /// A picture of the steps from `picture` to what the model sees; `None` where the model takes pictures uncropped.
+    pub fn explain(&mut self, picture: &Picture) -> Option<RgbImage> {
+        let found = self.roi(picture).ok();
+        let seen = found
+            .as_ref()
+            .map(|(roi, _)| self.resizer.resize(picture, *roi));
+        let contour = found.as_ref().and_then(|(_, contour)| contour.as_ref());
+        Some(explain(picture, self.finder.as_ref()?, contour, seen))
     }
 }
 

@@ -4,11 +4,12 @@
 //! key that is not in that file does not exist. Above it: the configuration file, `conf.d/*.toml` beside it, and
 //! `SCANSENTRY__SECTION__KEY` from the environment.
 
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
+
+use crate::imaging::quality::{QualityLimits, QualityRule};
 
 /// The documented defaults, and with them the list of all keys.
 pub const DEFAULTS: &str = include_str!("../config/scansentry.toml");
@@ -26,6 +27,7 @@ pub struct Config {
     pub watch: Watch,
     pub limits: Limits,
     pub model: Model,
+    pub quality: Quality,
     pub pipeline: Pipeline,
     pub state: State,
     pub mqtt: Mqtt,
@@ -82,6 +84,35 @@ pub struct Limits {
 pub struct Model {
     pub bundle: PathBuf,
     pub threads: usize,
+}
+
+/// What is done about pictures that are unusual.
+#[derive(Debug, Clone, Copy, Deserialize)]
+#[allow(missing_docs)]
+pub struct Quality {
+    pub misfits: Misfits,
+    pub flag: QualityLimits,
+    pub indeterminate: QualityLimits,
+}
+
+impl Quality {
+    /// The limits as the rule that applies them.
+    pub fn rule(&self) -> QualityRule {
+        QualityRule {
+            flag: self.flag,
+            indeterminate: self.indeterminate,
+        }
+    }
+}
+
+/// What a gross misfit means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Misfits {
+    /// The decision is indeterminate, whatever the model says.
+    Indeterminate,
+    /// The flags say so, the decision stands.
+    Flag,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -398,6 +429,7 @@ impl Config {
             ));
         }
         self.check_ranges(&mut fail);
+        self.quality.check_shares(&mut fail);
     }
 
     fn check_ranges(&self, fail: &mut impl FnMut(String)) {
@@ -459,13 +491,46 @@ impl Config {
     }
 }
 
+impl Quality {
+    fn check_shares(&self, fail: &mut impl FnMut(String)) {
+        for (section, limits) in [("flag", self.flag), ("indeterminate", self.indeterminate)] {
+            for (name, value) in [
+                ("min_brain_share", limits.min_brain_share),
+                ("max_brain_share", limits.max_brain_share),
+                ("min_solidity", limits.min_solidity),
+                ("max_corner_share", limits.max_corner_share),
+                ("min_contrast", limits.min_contrast),
+                ("max_clipped", limits.max_clipped),
+                ("max_color_share", limits.max_color_share),
+            ] {
+                if !(0.0..=1.0).contains(&value) {
+                    let key = format!("quality.{section}.{name}");
+                    let default = default_of(&key);
+                    fail(format!(
+                        "{key}: {value} is out of range; expected 0-1 (default {default})"
+                    ));
+                }
+            }
+        }
+    }
+}
+
 fn default_of(key: &str) -> String {
-    let table: toml::Table = DEFAULTS
+    lookup(&known_keys(), key).map_or_else(String::new, ToString::to_string)
+}
+
+fn known_keys() -> toml::Table {
+    DEFAULTS
         .parse()
-        .expect("the built-in defaults are valid TOML");
-    key.split_once('.')
-        .and_then(|(section, name)| table.get(section)?.get(name))
-        .map_or_else(String::new, ToString::to_string)
+        .expect("the built-in defaults are valid TOML")
+}
+
+/// The value at a dotted key.
+fn lookup<'a>(table: &'a toml::Table, key: &str) -> Option<&'a toml::Value> {
+    match key.split_once('.') {
+        None => table.get(key),
+        Some((section, rest)) => lookup(table.get(section)?.as_table()?, rest),
+    }
 }
 
 struct Layer {
@@ -497,20 +562,25 @@ fn read_layer(path: &Path, layers: &mut Vec<Layer>, problems: &mut Vec<String>) 
         Ok(text) => match text.parse::<toml::Table>() {
             Ok(table) => layers.push(Layer { origin, table }),
             Err(error) => {
-                let line = error.span().map_or(0, |span| {
-                    text[..span.start.min(text.len())].lines().count().max(1)
-                });
+                let (line, message) = line_and_message(&text, &error);
                 problems.push(format!(
-                    "{origin}:{line}: {}; see config/scansentry.toml for the syntax",
-                    one_line(error.message())
+                    "{origin}:{line}: {message}; see config/scansentry.toml for the syntax"
                 ));
             }
         },
     }
 }
 
-fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+/// Where in `text` a TOML error is, as a line number from 1, and what it says, as one line.
+pub fn line_and_message(text: &str, error: &toml::de::Error) -> (usize, String) {
+    let start = error.span().map_or(0, |span| span.start.min(text.len()));
+    let line = text.as_bytes()[..start]
+        .iter()
+        .filter(|&&byte| byte == b'\n')
+        .count()
+        + 1;
+    let words: Vec<_> = error.message().split_whitespace().collect();
+    (line, words.join(" "))
 }
 
 /// Reports and removes keys that `known` does not have and values of another type.
@@ -561,26 +631,15 @@ fn same_type(value: &toml::Value, default: &toml::Value) -> bool {
             values.iter().all(toml::Value::is_str)
         }
         (toml::Value::Integer(number), toml::Value::Integer(_)) => *number >= 0,
+        (toml::Value::Integer(_), toml::Value::Float(_)) => true,
         _ => value.same_type(default),
     }
 }
 
 /// The nearest known key, by edit distance; a hint in any case.
 fn suggestion(key: &str) -> String {
-    let table: toml::Table = DEFAULTS
-        .parse()
-        .expect("the built-in defaults are valid TOML");
     let mut names = Vec::new();
-    for (section, value) in &table {
-        names.push(section.clone());
-        names.extend(
-            value
-                .as_table()
-                .into_iter()
-                .flatten()
-                .map(|(name, _)| format!("{section}.{name}")),
-        );
-    }
+    collect_names(&known_keys(), "", &mut names);
     names
         .iter()
         .map(|name| (strsim::damerau_levenshtein(name, key), name))
@@ -590,6 +649,16 @@ fn suggestion(key: &str) -> String {
             || "config/scansentry.toml lists all of them".to_owned(),
             |(_, name)| format!("did you mean {name}?"),
         )
+}
+
+fn collect_names(table: &toml::Table, prefix: &str, names: &mut Vec<String>) {
+    for (name, value) in table {
+        let key = format!("{prefix}{name}");
+        if let toml::Value::Table(inner) = value {
+            collect_names(inner, &format!("{key}."), names);
+        }
+        names.push(key);
+    }
 }
 
 /// `SCANSENTRY__SECTION__KEY=value` as a layer, each value read as its key's type.
@@ -603,49 +672,54 @@ fn environment_layer(
         let Some(rest) = variable.strip_prefix(ENV_PREFIX) else {
             continue;
         };
-        let rest = rest.to_ascii_lowercase();
-        let (section, name) = rest.split_once("__").unwrap_or((&rest, ""));
-        let Some(default) = known.get(section).and_then(|s| s.get(name)) else {
-            problems.push(format!(
-                "{variable}: is not a known key; {}",
-                suggestion(&format!("{section}.{name}"))
-            ));
+        let key = rest.to_ascii_lowercase().replace("__", ".");
+        let Some(default) = lookup(known, &key).filter(|value| !value.is_table()) else {
+            let hint = suggestion(&key);
+            problems.push(format!("{variable}: is not a known key; {hint}"));
             continue;
         };
-        let value = match default {
-            toml::Value::Integer(_) => text
-                .parse()
-                .ok()
-                .filter(|n: &i64| *n >= 0)
-                .map(toml::Value::Integer),
-            toml::Value::Boolean(_) => text.parse().ok().map(toml::Value::Boolean),
-            toml::Value::Array(_) => Some(toml::Value::Array(
-                text.split(',')
-                    .map(str::trim)
-                    .filter(|s| !s.is_empty())
-                    .map(|s| toml::Value::String(s.to_owned()))
-                    .collect(),
-            )),
-            _ => Some(toml::Value::String(text.clone())),
-        };
-        let Some(value) = value else {
-            let mut line = String::new();
-            let _ = write!(
-                line,
+        match parse_as(default, &text) {
+            Some(value) => insert(&mut layer, &key, value),
+            None => problems.push(format!(
                 "{variable}: {text:?} is not a {}; expected one such as {default}",
                 default.type_str()
-            );
-            problems.push(line);
-            continue;
-        };
-        let section = layer
-            .entry(section.to_owned())
-            .or_insert_with(|| toml::Value::Table(toml::Table::new()));
-        if let toml::Value::Table(section) = section {
-            section.insert(name.to_owned(), value);
+            )),
         }
     }
     layer
+}
+
+/// `text` as a value of the type of `default`.
+fn parse_as(default: &toml::Value, text: &str) -> Option<toml::Value> {
+    use toml::Value;
+    Some(match default {
+        Value::Integer(_) => Value::Integer(text.parse().ok().filter(|n: &i64| *n >= 0)?),
+        Value::Float(_) => Value::Float(text.parse().ok()?),
+        Value::Boolean(_) => Value::Boolean(text.parse().ok()?),
+        Value::Array(_) => Value::Array(
+            text.split(',')
+                .map(str::trim)
+                .filter(|s| !s.is_empty())
+                .map(|s| Value::String(s.to_owned()))
+                .collect(),
+        ),
+        _ => Value::String(text.to_owned()),
+    })
+}
+
+/// Puts a value at a dotted key, making the tables on the way.
+fn insert(table: &mut toml::Table, key: &str, value: toml::Value) {
+    match key.split_once('.') {
+        None => _ = table.insert(key.to_owned(), value),
+        Some((section, rest)) => {
+            let inner = table
+                .entry(section.to_owned())
+                .or_insert_with(|| toml::Value::Table(toml::Table::new()));
+            if let toml::Value::Table(inner) = inner {
+                insert(inner, rest, value);
+            }
+        }
+    }
 }
 
 #[cfg(test)]

@@ -76,10 +76,9 @@ pub fn settings(config: &Config) -> Result<Settings, String> {
 
 fn load_classifiers(config: &Config) -> Result<Vec<Classifier>, BundleError> {
     let bundle = Arc::new(Bundle::read(&config.model.bundle)?);
-    let mut first = Classifier::new(bundle.clone(), config.model.threads)?;
+    let mut first = Classifier::new(bundle.clone(), config)?;
     first.verify_golden()?;
-    let rest = (1..config.pipeline.worker_count())
-        .map(|_| Classifier::new(bundle.clone(), config.model.threads));
+    let rest = (1..config.pipeline.worker_count()).map(|_| Classifier::new(bundle.clone(), config));
     std::iter::once(Ok(first)).chain(rest).collect()
 }
 

@@ -278,14 +278,7 @@ impl Manifest {
     /// Parses and checks a manifest; every problem is one line `key: value; hint`.
     pub fn parse(text: &str) -> Result<Self, Vec<String>> {
         let manifest: Self = toml::from_str(text).map_err(|error| {
-            let line = error.span().map_or(0, |span| {
-                text[..span.start.min(text.len())].lines().count().max(1)
-            });
-            let message = error
-                .message()
-                .split_whitespace()
-                .collect::<Vec<_>>()
-                .join(" ");
+            let (line, message) = crate::config::line_and_message(text, &error);
             vec![format!(
                 "manifest.toml:{line}: {message}; the format is described in models/README.md"
             )]

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::imaging::decode::SourceKind;
+use crate::imaging::decode::{DecodeNote, SourceKind};
+use crate::imaging::quality::{Quality, QualityFlag};
 use crate::prediction::{Classified, Decision, RejectReason, Roi, Timings};
 use crate::scan::{Pseudonym, PseudonymKey, ScanId};
 
@@ -129,14 +130,55 @@ pub struct ResultMessage<'a> {
     pub rejected: Option<Reason>,
     /// The part of the picture that the model saw.
     pub roi: Option<Roi>,
-    /// What is unusual about the picture.
-    pub quality: Vec<&'static str>,
+    /// Why the decision is indeterminate although the model gave a probability: a gross misfit.
+    pub misfit: Option<Reason>,
+    /// What was measured on the picture, and what is unusual about it.
+    pub quality: Option<QualityMessage<'a>>,
     /// How long it took.
     pub timings_ms: Option<Timings>,
     /// Whether an earlier run of the daemon had begun this scan and died, or the scan was queued again.
     pub replayed: bool,
     /// [`NOTICE`].
     pub notice: &'static str,
+}
+
+/// What was measured on a picture; every measure from 0 to 1.
+#[derive(Debug, Clone, Serialize)]
+pub struct QualityMessage<'a> {
+    /// What is unusual.
+    pub flags: &'a [QualityFlag],
+    /// What decoding had to do to the picture.
+    pub notes: &'a [DecodeNote],
+    /// The measures.
+    #[serde(flatten)]
+    pub measures: Quality,
+}
+
+impl<'a> QualityMessage<'a> {
+    /// What is published of a classified picture.
+    pub fn of(classified: &'a Classified, notes: &'a [DecodeNote]) -> Option<Self> {
+        let assessment = classified.quality.as_ref()?;
+        Some(Self {
+            flags: &assessment.flags,
+            notes,
+            measures: assessment.quality,
+        })
+    }
+}
+
+/// Scores under their labels' names.
+pub fn scores_by_label<'a>(labels: &'a [String], scores: &[f64]) -> BTreeMap<&'a str, f64> {
+    let labels = labels.iter().map(String::as_str);
+    labels.zip(scores.iter().copied()).collect()
+}
+
+/// The misfit of a picture, if it decided the outcome.
+pub fn misfit(classified: &Classified) -> Option<Reason> {
+    let misfit = classified.quality.as_ref()?.misfit.as_ref()?;
+    (classified.prediction.decision == Decision::Indeterminate).then(|| Reason {
+        code: misfit.flag.as_str(),
+        message: misfit.message.clone(),
+    })
 }
 
 /// Payload of `<base>/alert`: one alert a study, with revisions.
@@ -341,7 +383,7 @@ impl AlertChange {
 
 /// One picture of a scan, on its way into a message.
 #[derive(Debug)]
-pub struct Picture {
+pub struct ClassifiedPicture {
     /// Frame number from 1 in a multi-frame file.
     pub frame: Option<u32>,
     /// What became of it.
@@ -359,8 +401,10 @@ pub struct Examined {
     pub kind: Option<SourceKind>,
     /// When the picture was taken or the file was written, as published.
     pub acquired_at: Option<String>,
+    /// What decoding had to do to the pictures.
+    pub notes: Vec<DecodeNote>,
     /// At least one.
-    pub pictures: Vec<Picture>,
+    pub pictures: Vec<ClassifiedPicture>,
 }
 
 /// `classified`, `rejected` or `skipped`, as published.
@@ -397,7 +441,12 @@ impl Reporter {
             .collect()
     }
 
-    fn result(&self, examined: &Examined, picture: &Picture, study_id: Pseudonym) -> OutboxMessage {
+    fn result(
+        &self,
+        examined: &Examined,
+        picture: &ClassifiedPicture,
+        study_id: Pseudonym,
+    ) -> OutboxMessage {
         let found = picture.outcome.as_ref().ok();
         let rejected = picture.outcome.as_ref().err();
         let prediction = found.map(|c| &c.prediction);
@@ -421,27 +470,19 @@ impl Reporter {
             outcome: outcome_word(found.is_some(), rejected),
             label: prediction.map(|p| self.labels[p.label].as_str()),
             probability: prediction.map(|p| p.probability),
-            scores: prediction.map(|p| self.scores(&p.scores)),
+            scores: prediction.map(|p| scores_by_label(&self.labels, &p.scores)),
             threshold: self.threshold,
             decision: prediction.map(|p| p.decision),
             statement: prediction.map(|p| p.decision.statement()),
             rejected: rejected.map(Reason::from),
             roi: found.map(|c| c.roi),
-            quality: found.map_or_else(Vec::new, |c| c.quality.clone()),
+            misfit: found.and_then(misfit),
+            quality: found.and_then(|c| QualityMessage::of(c, &examined.notes)),
             timings_ms: found.map(|c| c.timings),
             replayed: examined.attempt > 1,
             notice: NOTICE,
         };
         self.outbox_message("result", event_id, &payload)
-    }
-
-    /// Scores by label.
-    pub fn scores(&self, scores: &[f64]) -> BTreeMap<&str, f64> {
-        self.labels
-            .iter()
-            .map(String::as_str)
-            .zip(scores.iter().copied())
-            .collect()
     }
 
     /// A change of a study's alert.

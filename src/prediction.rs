@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::imaging::quality::Assessment;
 use crate::manifest::{Activation, DecisionRule, Output};
 
 /// A rectangle in the source picture, in pixels; half open (`x..x + width`, `y..y + height`).
@@ -193,8 +194,8 @@ pub struct Classified {
     pub prediction: Prediction,
     /// What it saw of the picture.
     pub roi: Roi,
-    /// What is unusual about the picture.
-    pub quality: Vec<&'static str>,
+    /// What was measured on the picture; `None` where the model takes pictures uncropped.
+    pub quality: Option<Assessment>,
     /// How long the stages took.
     pub timings: Timings,
 }

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
 
 use clap::Args;
 use serde::Serialize;
@@ -14,9 +13,9 @@ use crate::classifier::{Bundle, BundleError, Classifier};
 use crate::config::Config;
 use crate::imaging::Picture;
 use crate::imaging::decode::Source;
-use crate::message::{ModelRef, Reason, millis};
+use crate::message::{self, ClassifiedPicture, ModelRef, QualityMessage, Reason, scores_by_label};
 use crate::pipeline::worker::decode_limits;
-use crate::prediction::{Classified, Decision, RejectCode, RejectReason, Roi, Timings};
+use crate::prediction::{Decision, RejectCode, RejectReason, Roi, Timings};
 
 #[derive(Debug, Args)]
 pub(super) struct ClassifyArgs {
@@ -35,6 +34,9 @@ pub(super) struct PreprocessArgs {
     /// Where to write the picture that the model sees
     #[arg(long, value_name = "PNG")]
     out: PathBuf,
+    /// Write a picture of the steps instead: grey, mask, contour, rectangle, crop
+    #[arg(long)]
+    explain: bool,
     /// Model bundle; default: model.bundle of the configuration
     #[arg(long, value_name = "DIR")]
     bundle: Option<PathBuf>,
@@ -52,7 +54,8 @@ struct Line<'a> {
     label: Option<&'a str>,
     scores: Option<BTreeMap<&'a str, f64>>,
     roi: Option<Roi>,
-    quality: Vec<&'static str>,
+    misfit: Option<Reason>,
+    quality: Option<QualityMessage<'a>>,
     model: &'a ModelRef,
     timings_ms: Option<Timings>,
     error: Option<Reason>,
@@ -62,37 +65,48 @@ fn load(global: &Global, bundle: Option<&PathBuf>) -> Result<(Config, Classifier
     let config = global.load()?;
     let refused = |BundleError(problems)| Failure::Configuration(problems);
     let bundle = Bundle::read(bundle.unwrap_or(&config.model.bundle)).map_err(refused)?;
-    let classifier = Classifier::new(Arc::new(bundle), config.model.threads).map_err(refused)?;
+    let classifier = Classifier::new(Arc::new(bundle), &config).map_err(refused)?;
     Ok((config, classifier))
 }
 
 pub(super) fn classify(global: &Global, args: &ClassifyArgs) -> Result<(), Failure> {
     let (config, mut classifier) = load(global, args.bundle.as_ref())?;
     let bundle = classifier.bundle().clone();
+    let limits = decode_limits(&config);
+    let labels = &bundle.manifest.output.labels;
     let mut failed = false;
     let mut out = std::io::stdout().lock();
     for file in &args.files {
-        for (frame, outcome) in classify_file(&mut classifier, &config, file) {
+        let classified = read_file(file, config.limits.file_bytes)
+            .and_then(|bytes| classifier.classify_file(&bytes, &limits));
+        let (notes, pictures) = match classified {
+            Ok(found) => (found.notes, found.pictures),
+            Err(reason) => {
+                let outcome = Err(reason);
+                (
+                    Vec::new(),
+                    vec![ClassifiedPicture {
+                        frame: None,
+                        outcome,
+                    }],
+                )
+            }
+        };
+        for ClassifiedPicture { frame, outcome } in &pictures {
             failed |= outcome.is_err();
             let found = outcome.as_ref().ok();
             let prediction = found.map(|c| &c.prediction);
-            let labels = &bundle.manifest.output.labels;
             let line = Line {
                 file: file.display().to_string(),
-                frame,
+                frame: *frame,
                 decision: prediction.map(|p| p.decision),
                 probability: prediction.map(|p| p.probability),
                 threshold: bundle.manifest.decision.threshold,
                 label: prediction.map(|p| labels[p.label].as_str()),
-                scores: prediction.map(|p| {
-                    labels
-                        .iter()
-                        .map(String::as_str)
-                        .zip(p.scores.iter().copied())
-                        .collect()
-                }),
+                scores: prediction.map(|p| scores_by_label(labels, &p.scores)),
                 roi: found.map(|c| c.roi),
-                quality: found.map_or_else(Vec::new, |c| c.quality.clone()),
+                misfit: found.and_then(message::misfit),
+                quality: found.and_then(|c| QualityMessage::of(c, &notes)),
                 model: &bundle.model_ref,
                 timings_ms: found.map(|c| c.timings),
                 error: outcome.as_ref().err().map(Reason::from),
@@ -104,35 +118,6 @@ pub(super) fn classify(global: &Global, args: &ClassifyArgs) -> Result<(), Failu
         }
     }
     if failed { Err(Failure::Said) } else { Ok(()) }
-}
-
-type Frames = Vec<(Option<u32>, Result<Classified, RejectReason>)>;
-
-fn classify_file(classifier: &mut Classifier, config: &Config, file: &Path) -> Frames {
-    let start = Instant::now();
-    let limits = decode_limits(config);
-    let bytes = match read_file(file, config.limits.file_bytes) {
-        Ok(bytes) => bytes,
-        Err(reason) => return vec![(None, Err(reason))],
-    };
-    let mut source = match Source::open(&bytes, &limits) {
-        Ok(source) => source,
-        Err(reason) => return vec![(None, Err(reason))],
-    };
-    let frames = source.frame_count();
-    (0..frames)
-        .map(|index| {
-            let decoding = if index == 0 { start } else { Instant::now() };
-            let outcome = source.frame(index).and_then(|picture| {
-                let decode = millis(decoding.elapsed());
-                let mut classified = classifier.classify(&picture)?;
-                classified.timings.decode = decode;
-                classified.timings.total = millis(decoding.elapsed());
-                Ok(classified)
-            });
-            ((frames > 1).then_some(index + 1), outcome)
-        })
-        .collect()
 }
 
 fn read_file(file: &Path, limit: u64) -> Result<Vec<u8>, RejectReason> {
@@ -166,26 +151,36 @@ fn read_file(file: &Path, limit: u64) -> Result<Vec<u8>, RejectReason> {
 
 pub(super) fn preprocess(global: &Global, args: &PreprocessArgs) -> Result<(), Failure> {
     let (config, mut classifier) = load(global, args.bundle.as_ref())?;
-    let seen = read_file(&args.file, config.limits.file_bytes).and_then(|bytes| {
-        let picture = Source::open(&bytes, &decode_limits(&config))?.frame(0)?;
-        classifier.preprocess(&picture)
-    });
-    let (_, picture) = seen.map_err(|reason| {
-        Failure::Runtime(format!(
-            "{}: {}; {} is the reason code",
-            args.file.display(),
-            reason.message,
-            reason.code.as_str()
-        ))
-    })?;
-    let saved = match &picture {
-        Picture::Gray(image) => image.save_with_format(&args.out, image::ImageFormat::Png),
-        Picture::Rgb(image) => image.save_with_format(&args.out, image::ImageFormat::Png),
+    let rejected = |reason: RejectReason| {
+        let (file, code) = (args.file.display(), reason.code.as_str());
+        Failure::Runtime(format!("{file}: {}; reason code {code}", reason.message))
+    };
+    let limits = decode_limits(&config);
+    let bytes = read_file(&args.file, config.limits.file_bytes).map_err(rejected)?;
+    let picture = Source::open(&bytes, &limits)
+        .and_then(|mut source| source.frame(0))
+        .map_err(rejected)?;
+    if args.explain {
+        let Some(steps) = classifier.explain(&picture) else {
+            let line = "model.bundle: this model takes pictures uncropped; leave --explain out";
+            return Err(Failure::Runtime(line.into()));
+        };
+        return save(&Picture::Rgb(steps), &args.out);
+    }
+    let seen = classifier.preprocess(&picture).map_err(rejected)?;
+    save(&seen, &args.out)
+}
+
+fn save(picture: &Picture, out: &Path) -> Result<(), Failure> {
+    let png = image::ImageFormat::Png;
+    let saved = match picture {
+        Picture::Gray(image) => image.save_with_format(out, png),
+        Picture::Rgb(image) => image.save_with_format(out, png),
     };
     saved.map_err(|e| {
+        let out = out.display();
         Failure::Runtime(format!(
-            "{}: cannot be written ({e}); choose another --out",
-            args.out.display()
+            "{out}: cannot be written ({e}); choose another --out"
         ))
     })
 }

@@ -2,8 +2,11 @@
 
 mod check;
 mod classify;
+#[cfg(feature = "demo")]
+mod demo;
 mod ledger;
 mod run;
+mod simulate;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -45,6 +48,11 @@ enum Verb {
     Classify(classify::ClassifyArgs),
     /// Write what the model sees of a file
     Preprocess(classify::PreprocessArgs),
+    /// Everything in one process: broker, simulated scanner, daemon
+    #[cfg(feature = "demo")]
+    Demo(demo::DemoArgs),
+    /// Export synthetic slices into a folder
+    Simulate(simulate::SimulateArgs),
     /// Counts, backlog and rejections of this appliance
     Status(ledger::StatusArgs),
     /// From a pseudonymous id back to the files on this appliance
@@ -77,6 +85,9 @@ pub fn main() -> ExitCode {
         Verb::Check(args) => check::check(global, &args),
         Verb::Classify(args) => classify::classify(global, &args),
         Verb::Preprocess(args) => classify::preprocess(global, &args),
+        #[cfg(feature = "demo")]
+        Verb::Demo(args) => demo::demo(&args),
+        Verb::Simulate(args) => simulate::simulate(&args),
         Verb::Status(args) => ledger::status(global, &args),
         Verb::Lookup(args) => ledger::lookup(global, &args),
     };

@@ -10,7 +10,7 @@
 //! On grey pictures the two differ only by which channel has which mean.
 
 use super::Picture;
-use crate::engine::{ElementType, QuantParams};
+use crate::tensor::{ElementType, QuantParams};
 
 /// What is done to a level `v` (0 to 255) before quantization. Channels count in the tensor's order.
 #[derive(Debug, Clone, Copy, PartialEq)]

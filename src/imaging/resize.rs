@@ -8,9 +8,10 @@
 //!   by one level at a few percent of the pixels.
 //! - **Linear**, **Nearest**, **Area**: all builds agree; so does this module.
 //!
-//! The kernels are our own. `fast_image_resize` rounds and clamps to 8 bits between its two passes, which loses the cubic's
-//! overshoot at the skull's edge and differs from OpenCV by many levels there; `image` widens its cubic and uses
-//! a = -0.5. Both passes here read and write rows of reused buffers; only one row is ever held in `f32`.
+//! The kernels are our own. `fast_image_resize` with OpenCV's cubic as a custom filter and without antialiasing clamps to
+//! 8 bits between its two passes, which loses the cubic's overshoot at sharp edges: up to 32 levels off on the golden head,
+//! 63 on noise, and no faster. `image` widens its cubic on shrinking and uses a = -0.5. Here only one row at a time is
+//! held in `f32`; loops are plain so that the compiler vectorises them on any architecture.
 
 use image::{GrayImage, RgbImage};
 

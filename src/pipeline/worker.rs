@@ -1,11 +1,13 @@
 //! One worker thread: read, claim, decode, classify, record.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc as std_mpsc;
 use std::time::{Duration, Instant};
 
+use jiff::tz::{Offset, TimeZone};
 use tokio::sync::{Notify, mpsc};
 
 use super::read::{Content, read};
@@ -13,8 +15,9 @@ use super::{Candidate, Disposition, Report};
 use crate::classifier::Classifier;
 use crate::config::Config;
 use crate::health::{Condition, Health};
-use crate::imaging::decode::{Limits, Source};
-use crate::message::{Examined, Picture, Reporter, millis, outcome_word, rfc3339};
+use crate::imaging::decode::Limits;
+use crate::imaging::dicom::DicomHeader;
+use crate::message::{ClassifiedPicture, Examined, Reporter, millis, outcome_word, rfc3339};
 use crate::prediction::{Decision, RejectCode, RejectReason};
 use crate::scan::{ScanFile, ScanId, Stamp, path_bytes, sha256};
 use crate::store::{Claim, NewOutcome, Store, StoreError, StudyGroup};
@@ -158,7 +161,7 @@ impl Worker {
     fn identity(
         &self,
         content: &Result<Vec<u8>, RejectReason>,
-        path: &std::path::Path,
+        path: &Path,
         stamp: Stamp,
     ) -> ScanId {
         match content {
@@ -183,10 +186,10 @@ impl Worker {
         &self,
         scan_id: ScanId,
         reason: RejectReason,
-        path: &std::path::Path,
+        path: &Path,
         stamp: Stamp,
     ) -> (Examined, StudyGroup) {
-        let pictures = vec![Picture {
+        let pictures = vec![ClassifiedPicture {
             frame: None,
             outcome: Err(reason),
         }];
@@ -194,6 +197,7 @@ impl Worker {
             scan_id,
             attempt: 1,
             kind: None,
+            notes: Vec::new(),
             acquired_at: written_at(stamp),
             pictures,
         };
@@ -205,7 +209,7 @@ impl Worker {
         &mut self,
         scan_id: ScanId,
         bytes: &[u8],
-        path: &std::path::Path,
+        path: &Path,
         stamp: Stamp,
     ) -> (Examined, StudyGroup) {
         match catch_unwind(AssertUnwindSafe(|| {
@@ -232,57 +236,26 @@ impl Worker {
         &mut self,
         scan_id: ScanId,
         bytes: &[u8],
-        path: &std::path::Path,
+        path: &Path,
         stamp: Stamp,
     ) -> Result<(Examined, StudyGroup), RejectReason> {
         let limits = decode_limits(&self.context.config);
-        let opening = Instant::now();
-        let mut source = Source::open(bytes, &limits)?;
-        let mut opened = opening.elapsed();
-        let header = source.header();
-        let group = self.group(
+        let file = self.classifier.classify_file(bytes, &limits)?;
+        let header = file.header.as_ref();
+        let study_uid = header.and_then(|h| h.study_instance_uid.as_deref());
+        let examined = Examined {
             scan_id,
-            path,
-            header.and_then(|h| h.study_instance_uid.as_deref()),
-        );
-        let acquired_at = header
-            .and_then(|h| h.acquired.as_ref().map(ToString::to_string))
-            .or_else(|| written_at(stamp));
-        let frames = source.frame_count();
-        let mut pictures = Vec::with_capacity(frames as usize);
-        for index in 0..frames {
-            let start = Instant::now();
-            let outcome = source.frame(index).and_then(|picture| {
-                let decoded = start.elapsed() + std::mem::take(&mut opened);
-                let mut classified = self.classifier.classify(&picture)?;
-                classified.timings.decode = millis(decoded);
-                classified.timings.total = millis(start.elapsed());
-                Ok(classified)
-            });
-            pictures.push(Picture {
-                frame: (frames > 1).then_some(index + 1),
-                outcome,
-            });
-        }
-        Ok((
-            Examined {
-                scan_id,
-                attempt: 1,
-                kind: Some(source.kind()),
-                acquired_at,
-                pictures,
-            },
-            group,
-        ))
+            attempt: 1,
+            kind: Some(file.kind),
+            acquired_at: header.and_then(acquired_at).or_else(|| written_at(stamp)),
+            notes: file.notes,
+            pictures: file.pictures,
+        };
+        Ok((examined, self.group(scan_id, path, study_uid)))
     }
 
     /// The study: by DICOM study, else by sub-folder, else "whatever came at the same time".
-    fn group(
-        &self,
-        scan_id: ScanId,
-        path: &std::path::Path,
-        study_uid: Option<&str>,
-    ) -> StudyGroup {
+    fn group(&self, scan_id: ScanId, path: &Path, study_uid: Option<&str>) -> StudyGroup {
         let key = &self.context.reporter.key;
         let (group_id, fixed) = match (study_uid, path.parent()) {
             (Some(uid), _) => (key.pseudonym("study", &[uid.as_bytes()]), true),
@@ -348,6 +321,16 @@ fn now() -> i64 {
     jiff::Timestamp::now().as_second()
 }
 
+/// The time of the picture in UTC. A header without an offset is in the scanner's time, and the appliance stands beside it.
+fn acquired_at(header: &DicomHeader) -> Option<String> {
+    let local: jiff::civil::DateTime = header.acquired.as_ref()?.parse().ok()?;
+    let zone = match header.utc_offset_minutes {
+        Some(minutes) => TimeZone::fixed(Offset::from_seconds(i32::from(minutes) * 60).ok()?),
+        None => TimeZone::system(),
+    };
+    Some(rfc3339(zone.to_timestamp(local).ok()?))
+}
+
 fn written_at(stamp: Stamp) -> Option<String> {
     jiff::Timestamp::from_nanosecond(i128::from(stamp.mtime_ns))
         .ok()
@@ -411,7 +394,7 @@ fn outcome_of(examined: &Examined, group: StudyGroup) -> NewOutcome {
 
 fn log(examined: &Examined, took: Duration) {
     let (scan_id, ms) = (examined.scan_id, millis(took));
-    for Picture { frame, outcome } in &examined.pictures {
+    for ClassifiedPicture { frame, outcome } in &examined.pictures {
         match outcome {
             Ok(found) => tracing::info!(
                 %scan_id,

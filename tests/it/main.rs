@@ -3,8 +3,14 @@
 // Helpers of tests may stop the test.
 #![allow(clippy::unwrap_used)]
 
+mod broker;
+mod cli;
 mod decode;
 mod dicom;
 mod engine;
+mod layers;
+mod main_job;
 mod parity;
 mod smoke;
+mod store;
+mod support;

@@ -389,6 +389,14 @@ fn real_images_give_what_opencv_gives() {
             let found = finder.find(&picture).ok();
             let tally = jpeg.entry(image.source.clone()).or_default();
             tally.rectangle(found.map(|f| f.roi), image.rect);
+            if found.map(|f| f.roi) != image.rect.map(roi) {
+                let file = image.file.display();
+                println!(
+                    "jpeg {file}: {:?}, OpenCV {:?}",
+                    found.map(|f| f.roi),
+                    image.rect
+                );
+            }
             if let (Some(found), Some(wanted)) = (found, &wanted) {
                 tally.picture(
                     &in_color(resizer.resize(&picture, found.roi)),

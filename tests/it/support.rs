@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use scansentry::phantom::Phantom;
+use scansentry::simulate::ExportFormat;
 use serde_json::Value;
 
 /// How long anything may take before a test gives up. Generous: these machines are slow and shared.
@@ -19,13 +21,19 @@ pub fn bundle() -> PathBuf {
 
 /// The real images, where they are: `../shared/data` beside the checkout, or `SCANSENTRY_DATA`.
 pub fn shared_data() -> Option<PathBuf> {
-    let folder = std::env::var_os("SCANSENTRY_DATA")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data"), PathBuf::from);
+    let folder = std::env::var_os("SCANSENTRY_DATA").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data"),
+        PathBuf::from,
+    );
     folder.join("mri/index.csv").exists().then_some(folder)
 }
 
 pub fn free_port() -> u16 {
-    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+    TcpListener::bind(("127.0.0.1", 0))
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
 }
 
 /// Polls `condition` until it holds.
@@ -38,7 +46,10 @@ pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-#[allow(clippy::disallowed_methods, reason = "a test waits for other processes")]
+#[allow(
+    clippy::disallowed_methods,
+    reason = "a test waits for other processes"
+)]
 pub fn pause(time: Duration) {
     std::thread::sleep(time);
 }
@@ -49,7 +60,11 @@ pub struct Process(pub Child);
 impl Process {
     pub fn spawn(command: &mut Command) -> Self {
         let name = command.get_program().to_string_lossy().into_owned();
-        Self(command.spawn().unwrap_or_else(|e| panic!("{name} does not start ({e}); run `make setup`")))
+        Self(
+            command
+                .spawn()
+                .unwrap_or_else(|e| panic!("{name} does not start ({e}); run `make setup`")),
+        )
     }
 
     pub fn kill(&mut self) {
@@ -59,7 +74,13 @@ impl Process {
 
     pub fn signal(&self, signal: &str) {
         let pid = self.0.id().to_string();
-        assert!(Command::new("kill").args(["-s", signal, &pid]).status().unwrap().success());
+        assert!(
+            Command::new("kill")
+                .args(["-s", signal, &pid])
+                .status()
+                .unwrap()
+                .success()
+        );
     }
 
     pub fn exit_code(&mut self) -> Option<i32> {
@@ -105,20 +126,40 @@ impl Mosquitto {
         );
         std::fs::write(folder.path().join("mosquitto.conf"), config).unwrap();
         let process = Self::spawn(folder.path());
-        let broker = Self { folder, port, process };
+        let broker = Self {
+            folder,
+            port,
+            process,
+        };
         broker.wait_up();
         broker
     }
 
     fn spawn(folder: &Path) -> Process {
-        let log = File::options().create(true).append(true).open(folder.join("log")).unwrap();
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(folder.join("log"))
+            .unwrap();
         // Debian keeps it in /usr/sbin, which is not on everybody's path.
-        let program = if Path::new("/usr/sbin/mosquitto").exists() { "/usr/sbin/mosquitto" } else { "mosquitto" };
-        Process::spawn(Command::new(program).arg("-c").arg(folder.join("mosquitto.conf")).stdout(Stdio::null()).stderr(log))
+        let program = if Path::new("/usr/sbin/mosquitto").exists() {
+            "/usr/sbin/mosquitto"
+        } else {
+            "mosquitto"
+        };
+        Process::spawn(
+            Command::new(program)
+                .arg("-c")
+                .arg(folder.join("mosquitto.conf"))
+                .stdout(Stdio::null())
+                .stderr(log),
+        )
     }
 
     fn wait_up(&self) {
-        wait_for("Mosquitto", || std::net::TcpStream::connect(("127.0.0.1", self.port)).is_ok());
+        wait_for("Mosquitto", || {
+            std::net::TcpStream::connect(("127.0.0.1", self.port)).is_ok()
+        });
     }
 
     pub fn kill(&mut self) {
@@ -158,7 +199,8 @@ pub struct Arrived {
 
 impl Arrived {
     pub fn json(&self) -> Value {
-        serde_json::from_str(&self.payload).unwrap_or_else(|e| panic!("{} is not JSON ({e}): {}", self.topic, self.payload))
+        serde_json::from_str(&self.payload)
+            .unwrap_or_else(|e| panic!("{} is not JSON ({e}): {}", self.topic, self.payload))
     }
 
     pub fn kind(&self) -> &str {
@@ -179,18 +221,45 @@ impl Subscriber {
         let file = folder.path().join("messages");
         let process = Process::spawn(
             Command::new("mosquitto_sub")
-                .args(["-h", "127.0.0.1", "-p", &port.to_string(), "-V", "5", "-q", "1", "-c", "-i", "subscriber", "-x", "3600"])
+                .args([
+                    "-h",
+                    "127.0.0.1",
+                    "-p",
+                    &port.to_string(),
+                    "-V",
+                    "5",
+                    "-q",
+                    "1",
+                    "-c",
+                    "-i",
+                    "subscriber",
+                    "-x",
+                    "3600",
+                ])
                 .args(["-t", "scansentry/#", "-F", "%t\t%r\t%p"])
                 .args(more)
                 .stdout(File::create(&file).unwrap())
                 .stderr(Stdio::null()),
         );
         // Its subscription is in place when a message comes through.
-        let probe = Self { file, _folder: folder, _process: process };
+        let probe = Self {
+            file,
+            _folder: folder,
+            _process: process,
+        };
         if more.is_empty() {
             wait_for("the subscriber", || {
                 Command::new("mosquitto_pub")
-                    .args(["-h", "127.0.0.1", "-p", &port.to_string(), "-t", "scansentry/probe", "-m", "{}"])
+                    .args([
+                        "-h",
+                        "127.0.0.1",
+                        "-p",
+                        &port.to_string(),
+                        "-t",
+                        "scansentry/probe",
+                        "-m",
+                        "{}",
+                    ])
                     .status()
                     .unwrap();
                 !probe.messages().is_empty()
@@ -208,13 +277,20 @@ impl Subscriber {
                 let mut parts = line.splitn(3, '\t');
                 let topic = parts.next()?.to_owned();
                 let retained = parts.next()? == "1";
-                Some(Arrived { topic, retained, payload: parts.next()?.to_owned() })
+                Some(Arrived {
+                    topic,
+                    retained,
+                    payload: parts.next()?.to_owned(),
+                })
             })
             .collect()
     }
 
     pub fn of_kind(&self, kind: &str) -> Vec<Arrived> {
-        self.messages().into_iter().filter(|m| m.kind() == kind).collect()
+        self.messages()
+            .into_iter()
+            .filter(|m| m.kind() == kind)
+            .collect()
     }
 
     pub fn results(&self) -> Vec<Value> {
@@ -223,10 +299,20 @@ impl Subscriber {
 
     #[track_caller]
     pub fn wait_for_scans(&self, count: usize) -> Vec<Value> {
-        let distinct = || self.results().iter().map(|r| r["scan_id"].as_str().unwrap().to_owned()).collect::<HashSet<_>>().len();
+        let distinct = || {
+            self.results()
+                .iter()
+                .map(|r| r["scan_id"].as_str().unwrap().to_owned())
+                .collect::<HashSet<_>>()
+                .len()
+        };
         let start = Instant::now();
         while distinct() < count {
-            assert!(start.elapsed() < PATIENCE, "{} of {count} scans arrived", distinct());
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{} of {count} scans arrived",
+                distinct()
+            );
             pause(Duration::from_millis(50));
         }
         self.results()
@@ -276,14 +362,22 @@ impl Appliance {
         std::fs::write(root.join("config.toml"), text).unwrap();
         let environment = vec![
             ("SCANSENTRY__MQTT__URL".to_owned(), broker_url.to_owned()),
-            ("SCANSENTRY__MQTT__BACKOFF_MIN_MS".to_owned(), "50".to_owned()),
+            (
+                "SCANSENTRY__MQTT__BACKOFF_MIN_MS".to_owned(),
+                "50".to_owned(),
+            ),
             ("SCANSENTRY__MQTT__BACKOFF_MAX_S".to_owned(), "1".to_owned()),
         ];
-        Self { folder, process: None, environment }
+        Self {
+            folder,
+            process: None,
+            environment,
+        }
     }
 
     pub fn set(&mut self, variable: &str, value: &str) {
-        self.environment.push((variable.to_owned(), value.to_owned()));
+        self.environment
+            .push((variable.to_owned(), value.to_owned()));
     }
 
     pub fn export(&self) -> PathBuf {
@@ -300,7 +394,10 @@ impl Appliance {
 
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_scansentry"));
-        command.env("SCANSENTRY_CONFIG", self.folder.path().join("config.toml")).envs(self.environment.iter().cloned()).args(arguments);
+        command
+            .env("SCANSENTRY_CONFIG", self.folder.path().join("config.toml"))
+            .envs(self.environment.iter().cloned())
+            .args(arguments);
         command
     }
 
@@ -318,8 +415,17 @@ impl Appliance {
 
     /// Starts the daemon without waiting.
     pub fn spawn(&mut self) {
-        let log = File::options().create(true).append(true).open(self.folder.path().join("log")).unwrap();
-        self.process = Some(Process::spawn(self.command(&["run"]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log)));
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.folder.path().join("log"))
+            .unwrap();
+        self.process = Some(Process::spawn(
+            self.command(&["run"])
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(log),
+        ));
     }
 
     pub fn kill(&mut self) {
@@ -336,7 +442,11 @@ impl Appliance {
     /// `status --json`.
     pub fn status(&self) -> Value {
         let output = self.command(&["status", "--json"]).output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
@@ -346,4 +456,19 @@ impl Appliance {
         std::fs::write(&temporary, bytes).unwrap();
         std::fs::rename(&temporary, self.export().join(name)).unwrap();
     }
+}
+
+/// Generated slices as files, every second one with a lesion, PNG and JPEG in turn; all different.
+pub fn slices(count: usize) -> Vec<Vec<u8>> {
+    (0..count)
+        .map(|number| {
+            let phantom = Phantom::draw(number as u64, number % 2 == 1);
+            let format = if number % 4 < 2 {
+                ExportFormat::Png
+            } else {
+                ExportFormat::Jpeg
+            };
+            format.encode(&phantom).unwrap()
+        })
+        .collect()
 }

@@ -249,11 +249,12 @@ mod tests {
             .chain([30_000]);
         let window =
             transform.percentile_window(SIGNED, values.map(|v: i32| SIGNED.index(v as i16 as u16)));
+        // 1002 values count: rank 5 of 0 to 1001 is 5, rank 996 is 996.
         assert_eq!(
             window,
             Window {
-                center: 500.0,
-                width: 990.0,
+                center: 500.5,
+                width: 991.0,
                 function: Function::LinearExact
             }
         );

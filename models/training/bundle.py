@@ -1,0 +1,81 @@
+"""Put a bundle together: manifest.toml, the golden phantoms with what the int8 model says of them, MODEL_CARD.md.
+
+    bundle.py --model model.tflite --evaluation evaluation.json --out models/braintumor [--version 0.1.0]
+
+The model card's text is model_card.md; {placeholders} are filled from the evaluation.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+import phantom
+from reference import Bundle
+
+# file -> (seed, lesion, fixed values of phantom.RANGES); seeds were picked by hand so that the model is sure of them.
+GOLDEN = {
+    "phantom-lesion.png": (11, True, {"size": 224, "stripped": 1.0, "noise": 3.0}),
+    "phantom-lesion-ring.png": (12, True, {"size": 200, "stripped": 1.0, "noise": 2.0, "lesion_core": 0.0}),
+    "phantom-plain.png": (13, False, {"size": 224, "stripped": 1.0, "noise": 3.0, "ventricle": 0.0}),
+    "phantom-plain-bright-ventricles.png": (14, False, {"size": 200, "stripped": 1.0, "noise": 2.0, "ventricle": 1.0}),
+}
+TEMPLATE = Path(__file__).with_name("manifest.template.toml")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--evaluation", type=Path, help="evaluation.json; without it no model card is written")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--version", default="0.1.0")
+    args = parser.parse_args()
+    golden = args.out / "golden"
+    golden.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(args.model, args.out / "model.tflite")
+    digest = hashlib.sha256(args.model.read_bytes()).hexdigest()
+    manifest = TEMPLATE.read_text().replace("@VERSION@", args.version).replace("@SHA256@", digest)
+    (args.out / "manifest.toml").write_text(manifest)
+
+    bundle = Bundle(args.out)
+    for name, (seed, lesion, fixed) in GOLDEN.items():
+        cv2.imwrite(str(golden / name), phantom.draw(np.random.default_rng(seed), lesion, **fixed))
+        line = bundle.classify(str(golden / name))
+        print(f"{name}: {line['probability']:.4f} {line['decision']}")
+        manifest += f'\n[[golden.image]]\nfile = "golden/{name}"\nprobability = {line["probability"]:.8g}\n'
+    (args.out / "manifest.toml").write_text(manifest)
+    if args.evaluation:
+        card = Path(__file__).with_name("model_card.md").read_text()
+        figures = json.loads(args.evaluation.read_text())
+        for key, text in card_tables(figures).items():
+            card = card.replace("{" + key + "}", text)
+        (args.out / "MODEL_CARD.md").write_text(card.replace("{version}", args.version).replace("{sha256}", digest))
+
+
+def card_tables(figures: dict) -> dict[str, str]:
+    """The placeholders of model_card.md: name -> Markdown."""
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    def auc(row: dict) -> str:
+        if row["auc"] is None:
+            return "-"
+        spread = row["auc_90"]
+        return number(row["auc"]) + (f" ({spread[0]:.2f}-{spread[1]:.2f})" if spread else "")
+
+    rows = [
+        f"| {row['source']} | {row['no']} / {row['yes']} | {row['groups']} | {auc(row)} | {number(row['accuracy'])} "
+        f"| {number(row['sensitivity'])} | {number(row['specificity'])} |"
+        for row in figures["sources"]
+    ]
+    head = "| source | n no / yes | groups | AUC | accuracy | sensitivity | specificity |\n|---|---|---|---|---|---|---|\n"
+    return {"sources": head + "\n".join(rows)} | {k: str(v) for k, v in figures.items() if k != "sources"}
+
+
+if __name__ == "__main__":
+    main()
