@@ -242,6 +242,11 @@ fn tiff_claiming(mut tiff: Vec<u8>, claims: &[(u16, u32)]) -> Vec<u8> {
     tiff
 }
 
+/// TIFF tags.
+const WIDTH: u16 = 256;
+const HEIGHT: u16 = 257;
+const ROWS: u16 = 278;
+
 #[test]
 fn bombs_are_refused_by_their_headers() {
     const WIDTH: u16 = 256;
@@ -327,7 +332,7 @@ fn claims_within_the_limits_without_data_are_refused() {
     assert!(code(&bmp_claiming(golden_file("bmp-24.bmp"), 5_000, 5_000)).is_err());
     let tiff = tiff_claiming(
         golden_file("tiff-gray8.tif"),
-        &[(256, 5_000), (257, 5_000), (278, 5_000)],
+        &[(WIDTH, 5_000), (HEIGHT, 5_000), (ROWS, 5_000)],
     );
     assert!(code(&tiff).is_err());
     // Four 16-bit channels of 36 million pixels take more memory than allowed, though the pixel count is not.
