@@ -7,7 +7,7 @@ SHARED_DATA ?= $(abspath ../shared/data)
 
 ## The main job in one process: embedded broker, simulated scanner, real model (ARGS="--count 20 --rate 5")
 demo: setup
-	$(CARGO) run --release -- demo $(ARGS)
+	$(CARGO) run -- demo $(ARGS)
 
 ## All tests
 test: setup

@@ -243,7 +243,10 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
     )
     .await;
     if finished {
-        let _ = tokio::task::spawn_blocking(move || store_thread.join()).await;
+        let closed = tokio::task::spawn_blocking(move || store_thread.join());
+        if tokio::time::timeout(FINISH, closed).await.is_err() {
+            tracing::warn!("the ledger was not closed in time; the next start checks it");
+        }
     }
     drop(state);
     defect.map_or(Ok(()), |defect| Err(anyhow::anyhow!(defect)))

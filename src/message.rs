@@ -98,6 +98,10 @@ pub struct ResultMessage<'a> {
     pub scan_id: ScanId,
     /// Which study the picture belongs to.
     pub study_id: Pseudonym,
+    /// Which DICOM series the picture belongs to.
+    pub series_id: Option<Pseudonym>,
+    /// DICOM modality such as `MR`; null for other files and for words that are no defined term.
+    pub modality: Option<&'static str>,
     /// Frame of a multi-frame file, from 1; null for single pictures.
     pub frame: Option<u32>,
     /// `device.id`.
@@ -399,6 +403,10 @@ pub struct Examined {
     pub attempt: u32,
     /// Kind of file; `None` when it is not an image.
     pub kind: Option<SourceKind>,
+    /// DICOM series.
+    pub series_id: Option<Pseudonym>,
+    /// DICOM modality.
+    pub modality: Option<&'static str>,
     /// When the picture was taken or the file was written, as published.
     pub acquired_at: Option<String>,
     /// What decoding had to do to the pictures.
@@ -460,6 +468,8 @@ impl Reporter {
             event_id,
             scan_id: examined.scan_id,
             study_id,
+            series_id: examined.series_id,
+            modality: examined.modality,
             frame: picture.frame,
             device: &self.sender.device,
             site: &self.sender.site,

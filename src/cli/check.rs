@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Failure, Global, runtime};
+use super::{Failure, Global, block_on};
 use crate::config::Config;
 use crate::daemon;
 use crate::mqtt::{Event, Session};
@@ -30,14 +30,14 @@ pub(super) fn check(global: &Global, args: &CheckArgs) -> Result<(), Failure> {
             let broker = settings.broker();
             let settings =
                 settings.with_client_id(format!("scansentry-check-{}", std::process::id()));
-            let reached = runtime()?.block_on(async {
+            let reached = block_on(async {
                 let mut session = Session::open(&settings);
                 let first = tokio::time::timeout(patience, session.next()).await;
                 if matches!(first, Ok(Event::Connected)) {
                     session.close(Duration::from_secs(1)).await;
                 }
-                first
-            });
+                Ok(first)
+            })?;
             match reached {
                 Ok(Event::Lost(reason)) => problems.push(format!("mqtt.url: {broker} does not accept us ({reason}); check address, login and certificates")),
                 Err(_) => problems.push(format!("mqtt.url: {broker} does not answer in {} s; check address and network", patience.as_secs())),

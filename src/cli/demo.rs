@@ -8,9 +8,9 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::Value;
 
-use super::{Failure, runtime};
+use super::{Failure, block_on};
 use crate::broker::EmbeddedBroker;
-use crate::config::Config;
+use crate::config::{Config, LogFormat};
 use crate::daemon::{self, Control};
 use crate::mqtt::{Event, Session};
 use crate::simulate::{ExportFormat, Simulator, Writing};
@@ -53,7 +53,8 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
     config.model.bundle.clone_from(&args.bundle);
     config.mqtt.url = broker.url();
     config.alert.quiet_s = 5;
-    config.log.level = "warn".into();
+    config.log.level = "warn,rumqttd=off".into();
+    config.log.format = LogFormat::Text;
     telemetry::init(&config.log);
     std::fs::create_dir_all(&config.watch.folder)
         .map_err(|e| Failure::Runtime(format!("{}: {e}", config.watch.folder.display())))?;
@@ -89,7 +90,7 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
         images: args.images.clone(),
     };
     let stopping = Arc::new(AtomicBool::new(false));
-    runtime()?.block_on(async {
+    block_on(async {
         let control = Control::default();
         let mut running = tokio::spawn(daemon::run(prepared, control.clone(), || {}));
         let mut session = Session::open(&listener);

@@ -10,6 +10,7 @@ mod simulate;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -122,12 +123,16 @@ impl Global {
     }
 }
 
-/// A runtime for the daemon: few threads, because the work is in the workers.
-fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
-    tokio::runtime::Builder::new_multi_thread()
+/// Runs `future` on a runtime with few threads, because the work is in the workers. What still hangs at the end, such as a look at
+/// a share that does not answer, is left behind.
+fn block_on<T>(future: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(8)
         .enable_all()
         .build()
-        .map_err(|e| Failure::Runtime(format!("runtime: {e}; check the limits on threads")))
+        .map_err(|e| Failure::Runtime(format!("runtime: {e}; check the limits on threads")))?;
+    let done = runtime.block_on(future);
+    runtime.shutdown_timeout(Duration::from_secs(2));
+    done
 }

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{Failure, Global, runtime};
+use super::{Failure, Global, block_on};
 use crate::daemon::{self, Control, Prepared};
 use crate::telemetry;
 
@@ -14,7 +14,7 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
     telemetry::init(&config.log);
     telemetry::log_panics();
     let prepared = daemon::prepare(config).map_err(Failure::Configuration)?;
-    runtime()?.block_on(serve(global, prepared, start))
+    block_on(serve(global, prepared, start))
 }
 
 /// Runs the daemon again and again, with the configuration of the latest SIGHUP, until SIGTERM or SIGINT.

@@ -107,6 +107,21 @@ pub struct DicomHeader {
     pub utc_offset_minutes: Option<i16>,
 }
 
+/// The defined terms of `Modality` (0008,0060) for images, PS3.3 C.7.3.1.1.1.
+const MODALITIES: [&str; 30] = [
+    "BMD", "CR", "CT", "DG", "DX", "ES", "GM", "IO", "IVOCT", "IVUS", "LS", "MG", "MR", "NM",
+    "OCT", "OP", "OPM", "OPT", "OT", "PT", "PX", "RF", "RG", "RTIMAGE", "SC", "SM", "TG", "US",
+    "XA", "XC",
+];
+
+impl DicomHeader {
+    /// The modality if it is a defined term; any other text stays inside, since it may say anything.
+    pub fn modality_term(&self) -> Option<&'static str> {
+        let modality = self.modality.as_deref()?;
+        MODALITIES.into_iter().find(|term| *term == modality)
+    }
+}
+
 /// A DICOM file whose header passed.
 #[derive(Debug)]
 pub(crate) struct DicomSource<'a> {

@@ -197,6 +197,8 @@ impl Worker {
             scan_id,
             attempt: 1,
             kind: None,
+            series_id: None,
+            modality: None,
             notes: Vec::new(),
             acquired_at: written_at(stamp),
             pictures,
@@ -247,6 +249,15 @@ impl Worker {
             scan_id,
             attempt: 1,
             kind: Some(file.kind),
+            series_id: header
+                .and_then(|h| h.series_instance_uid.as_deref())
+                .map(|uid| {
+                    self.context
+                        .reporter
+                        .key
+                        .pseudonym("series", &[uid.as_bytes()])
+                }),
+            modality: header.and_then(DicomHeader::modality_term),
             acquired_at: header.and_then(acquired_at).or_else(|| written_at(stamp)),
             notes: file.notes,
             pictures: file.pictures,

@@ -1,7 +1,7 @@
 //! The main job against a real Mosquitto: a folder fills, results arrive, and nothing that dies on the way loses or doubles one.
 
 use std::collections::HashSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -113,6 +113,8 @@ fn check_result(result: &Value) {
         "event_id",
         "scan_id",
         "study_id",
+        "series_id",
+        "modality",
         "frame",
         "device",
         "site",
@@ -163,6 +165,75 @@ fn check_result(result: &Value) {
     } else {
         assert!(result["probability"].is_null() && result["decision"].is_null());
         assert!(result["rejected"]["message"].is_string());
+    }
+}
+
+#[test]
+fn dicom_files_are_grouped_and_nothing_of_their_headers_gets_out() {
+    use std::os::unix::ffi::OsStrExt as _;
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let mut appliance = Appliance::new(&broker.url());
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/dicom/files");
+    let export = appliance.export();
+    for (file, name) in [
+        ("explicit-little.dcm", &b"CANARY^NAME"[..]),
+        ("rle.dcm", b"IM\xff\xfe0001"),
+        ("frames.dcm", b"1.2.840.99"),
+        ("report.dcm", b"SR"),
+        ("mpeg4.dcm", b"video"),
+    ] {
+        let to = export.join(std::ffi::OsStr::from_bytes(name));
+        std::fs::copy(golden.join(file), to).unwrap();
+    }
+    std::os::unix::fs::symlink("/etc/hostname", export.join("link.dcm")).unwrap();
+    appliance.start();
+    let results = subscriber.wait_for_scans(6);
+    let of = |outcome: &str| {
+        results
+            .iter()
+            .filter(|r| r["outcome"] == outcome)
+            .collect::<Vec<_>>()
+    };
+    let dicom: Vec<_> = results.iter().filter(|r| r["source"] == "dicom").collect();
+    assert!(dicom.len() > 3, "two pictures and several frames");
+    for key in ["study_id", "series_id"] {
+        let ids: HashSet<_> = dicom.iter().map(|r| r[key].as_str().unwrap()).collect();
+        assert_eq!(ids.len(), 1, "one {key}");
+    }
+    assert!(dicom.iter().all(|r| r["modality"] == "MR"));
+    let frames: Vec<_> = dicom.iter().filter_map(|r| r["frame"].as_u64()).collect();
+    assert_eq!(frames, (1..=frames.len() as u64).collect::<Vec<_>>());
+    let codes: HashSet<_> = results
+        .iter()
+        .filter_map(|r| r["rejected"]["code"].as_str())
+        .collect();
+    assert!(
+        codes.is_superset(&HashSet::from([
+            "not_an_image_object",
+            "unsupported",
+            "outside_folder"
+        ])),
+        "{codes:?}"
+    );
+    assert_eq!(of("skipped").len(), 1);
+    assert_eq!(appliance.stop(), Some(0));
+
+    let mut said = vec![("the log", appliance.log())];
+    for message in subscriber.messages() {
+        said.extend([("a topic", message.topic), ("a payload", message.payload)]);
+    }
+    for (place, text) in said {
+        for canary in [
+            "CANARY",
+            "19010203",
+            "1.2.826",
+            "1.2.840.99",
+            "IM\u{fffd}",
+            "link.dcm",
+        ] {
+            assert!(!text.contains(canary), "{canary} is in {place}: {text}");
+        }
     }
 }
 
@@ -400,7 +471,7 @@ fn run(program: &str, arguments: &[&str]) {
 }
 
 /// Two authorities, and a server and a client certificate of the first.
-fn certificates(folder: &std::path::Path) {
+fn certificates(folder: &Path) {
     let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
     let key = [
         "-newkey",
@@ -471,7 +542,7 @@ fn killed_ten_times_with_300_real_images() {
 }
 
 /// Images with distinct content, spread over all sources.
-pub fn real_images(data: &std::path::Path, count: usize) -> Vec<PathBuf> {
+pub fn real_images(data: &Path, count: usize) -> Vec<PathBuf> {
     let index = std::fs::read_to_string(data.join("mri/index.csv")).unwrap();
     let files: Vec<_> = index
         .lines()
