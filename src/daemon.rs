@@ -39,6 +39,11 @@ pub struct Prepared {
 }
 
 impl Prepared {
+    /// Under which topics this daemon will speak.
+    pub fn topic_base(&self) -> String {
+        Sender::new(&self.config).topic_base
+    }
+
     /// One line for people.
     pub fn describe(&self) -> String {
         let model = &self.classifiers[0].bundle().model_ref;
@@ -92,12 +97,13 @@ pub struct Control {
 impl Control {
     /// Stop for good: drain, say goodbye.
     pub fn stop(&self) {
+        self.reload.store(false, Ordering::Relaxed);
         self.stop.cancel();
     }
 
-    /// Stop to run again at once with another configuration: the status stays "online".
-    pub fn stop_for_reload(&self) {
-        self.reload.store(true, Ordering::Relaxed);
+    /// Stop to run again at once with another configuration; under the `same_topics` the status stays "online".
+    pub fn stop_for_reload(&self, same_topics: bool) {
+        self.reload.store(same_topics, Ordering::Relaxed);
         self.stop.cancel();
     }
 }
@@ -118,7 +124,11 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
         store,
         thread: store_thread,
         set_aside,
+        suspects,
     } = Store::open(state.path()).context(format!("state.dir: {}", config.state.dir.display()))?;
+    if suspects {
+        tracing::warn!("an earlier run died with files in work; they are looked at one at a time");
+    }
     if let Some(aside) = set_aside {
         tracing::error!(set_aside = %aside.display(), "the ledger was damaged and set aside; a new one is filled by scanning the folder again");
         health.raise(Condition::LedgerRebuilt, "a damaged ledger was set aside; results in the folder are made again with the same ids");
@@ -193,6 +203,7 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
         health.clone(),
         backlog.clone(),
         queues,
+        suspects,
     );
     let mut taking = tokio::spawn(intake.run(hints, reports, stop_input.clone()));
     let publisher = Publisher {
@@ -205,9 +216,8 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
         reporter,
         backlog,
         engine,
-        farewell: Arc::new(AtomicBool::new(true)),
+        stay_online: control.reload.clone(),
     };
-    let farewell = publisher.farewell.clone();
     let mut publishing = tokio::spawn(publisher.run(stop_output.clone()));
     ready();
 
@@ -221,7 +231,6 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
     if let Some(defect) = &defect {
         tracing::error!("{defect}; stopping in order");
     }
-    farewell.store(!control.reload.load(Ordering::Relaxed), Ordering::Relaxed);
     stopping.store(true, Ordering::Relaxed);
     stop_input.cancel();
     drop(hints_tx);
@@ -230,8 +239,13 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
     finish(tending, FINISH).await;
     if finished {
         // The intake has dropped the queues, so the workers have ended or are about to.
-        for thread in worker_threads {
-            let _ = tokio::task::spawn_blocking(move || thread.join()).await;
+        let joined = tokio::task::spawn_blocking(move || {
+            for thread in worker_threads {
+                let _ = thread.join();
+            }
+        });
+        if tokio::time::timeout(FINISH, joined).await.is_err() {
+            tracing::warn!("a worker did not end in time");
         }
     } else {
         tracing::warn!("a file in work did not end in time; it is done again at the next start");

@@ -11,7 +11,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -57,8 +57,8 @@ pub struct Publisher {
     pub backlog: Arc<AtomicU64>,
     /// The runtime, for the health message.
     pub engine: String,
-    /// Whether the stop is for good; a reload keeps the status online.
-    pub farewell: Arc<std::sync::atomic::AtomicBool>,
+    /// Whether the daemon comes back at once under the same topics, so that its status stays online.
+    pub stay_online: Arc<AtomicBool>,
 }
 
 /// Why a connection was given up.
@@ -123,6 +123,10 @@ struct Connection<'a> {
     in_flight: HashMap<Ticket, (i64, Instant)>,
     /// Status and health messages sent and not acknowledged.
     own: HashMap<Ticket, Instant>,
+    /// Acknowledged outbox messages that the ledger has not let go of yet.
+    unconfirmed: Vec<i64>,
+    /// Whether the broker refused a status or health message on this connection.
+    own_refused: bool,
     /// Outbox messages that the broker refused on this connection, and until when they are left alone.
     refused: HashSet<i64>,
     refused_until: Option<Instant>,
@@ -138,6 +142,8 @@ impl<'a> Connection<'a> {
             started,
             in_flight: HashMap::new(),
             own: HashMap::new(),
+            unconfirmed: Vec::new(),
+            own_refused: false,
             refused: HashSet::new(),
             refused_until: None,
             last_sent: 0,
@@ -184,7 +190,8 @@ impl<'a> Connection<'a> {
         loop {
             self.send().await?;
             if let Some(until) = drain_until
-                && ((self.in_flight.is_empty() && !self.more) || until <= Instant::now())
+                && ((self.in_flight.is_empty() && self.unconfirmed.is_empty() && !self.more)
+                    || until <= Instant::now())
             {
                 return Err(Ended::Stop);
             }
@@ -199,7 +206,12 @@ impl<'a> Connection<'a> {
                     let now = conditions.borrow_and_update().clone();
                     self.publish_health(now).await?;
                 }
-                _ = overdue_tick.tick() => self.check_overdue(ack_timeout)?,
+                _ = overdue_tick.tick() => {
+                    self.check_overdue(ack_timeout)?;
+                    if !self.unconfirmed.is_empty() {
+                        self.confirm().await?;
+                    }
+                }
                 () = stop.cancelled(), if drain_until.is_none() => {
                     drain_until = Some(Instant::now() + Duration::from_secs(self.publisher.mqtt.drain_s));
                     self.more = true;
@@ -211,8 +223,9 @@ impl<'a> Connection<'a> {
     /// Fills the window from the outbox.
     async fn send(&mut self) -> Result<(), Ended> {
         let window = usize::from(self.publisher.mqtt.inflight);
-        while self.more && self.in_flight.len() < window {
-            let (after, room) = (self.last_sent, window - self.in_flight.len());
+        while self.more && self.in_flight.len() + self.unconfirmed.len() < window {
+            let unsettled = self.in_flight.len() + self.unconfirmed.len();
+            let (after, room) = (self.last_sent, window - unsettled);
             let messages = self
                 .publisher
                 .store
@@ -246,20 +259,21 @@ impl<'a> Connection<'a> {
 
     /// Handles an event and all others that are there, so that their confirmations share one transaction.
     async fn handle(&mut self, event: Event, backoff: &mut Backoff) -> Result<(), Ended> {
-        let mut confirmed = Vec::new();
+        let mut acknowledged = false;
         let mut lost = None;
         let mut next = Some(event);
         while let Some(event) = next {
             match event {
                 Event::Acked(ticket) => {
                     if let Some((seq, _)) = self.in_flight.remove(&ticket) {
-                        confirmed.push(seq);
+                        self.unconfirmed.push(seq);
+                        acknowledged = true;
                     }
                     self.own.remove(&ticket);
                     backoff.reset();
                 }
                 Event::Refused(ticket, reason) => {
-                    self.own.remove(&ticket);
+                    self.own_refused |= self.own.remove(&ticket).is_some();
                     if let Some((seq, _)) = self.in_flight.remove(&ticket) {
                         self.refused.insert(seq);
                         self.refused_until
@@ -277,27 +291,34 @@ impl<'a> Connection<'a> {
             }
             next = self.session.try_next();
         }
-        if !confirmed.is_empty() {
-            if self.refused.is_empty() {
+        if acknowledged {
+            if self.refused.is_empty() && !self.own_refused {
                 self.publisher.health.clear(Condition::BrokerRefuses);
             }
-            match self
-                .publisher
-                .store
-                .call(move |ledger| ledger.confirm(&confirmed))
-                .await
-            {
-                // Not confirmed means sent again, which subscribers recognise; not a reason to stop.
-                Ok(()) => {}
-                Err(StoreError::Closed) => return Err(Ended::Store(StoreError::Closed)),
-                Err(error) => {
-                    return Err(Ended::Lost(format!(
-                        "acknowledgements cannot be recorded: {error}"
-                    )));
-                }
-            }
+            self.confirm().await?;
         }
         lost.map_or(Ok(()), |reason| Err(Ended::Lost(reason)))
+    }
+
+    /// Takes acknowledged messages out of the outbox. If that cannot be written now, they count against the window until it can.
+    async fn confirm(&mut self) -> Result<(), Ended> {
+        let seqs = self.unconfirmed.clone();
+        let confirmed = self
+            .publisher
+            .store
+            .call(move |ledger| ledger.confirm(&seqs))
+            .await;
+        match confirmed {
+            Ok(()) => self.unconfirmed.clear(),
+            Err(StoreError::Closed) => return Err(Ended::Store(StoreError::Closed)),
+            Err(error) => {
+                let message = error.to_string();
+                self.publisher
+                    .health
+                    .raise(Condition::StateUnwritable, message);
+            }
+        }
+        Ok(())
     }
 
     fn check_overdue(&mut self, timeout: Duration) -> Result<(), Ended> {
@@ -314,8 +335,8 @@ impl<'a> Connection<'a> {
             )));
         }
         // A wake-up that was lost, or an outbox that could not be read, costs a tick.
-        self.more |=
-            self.publisher.store.outbox_len() > (self.in_flight.len() + self.refused.len()) as u64;
+        self.more |= self.publisher.store.outbox_len()
+            > (self.in_flight.len() + self.unconfirmed.len() + self.refused.len()) as u64;
         if self.refused_until.is_some_and(|until| until <= now) {
             // Once more from the oldest; what is in flight is not sent twice, because it is acknowledged before or with the rest.
             if self.in_flight.is_empty() {
@@ -373,7 +394,7 @@ impl<'a> Connection<'a> {
 
     /// Leaves the retained "stopped" and closes the connection in order.
     async fn farewell(mut self) {
-        let stopped = self.publisher.farewell.load(Ordering::Relaxed);
+        let stopped = !self.publisher.stay_online.load(Ordering::Relaxed);
         if stopped
             && self
                 .publish_own("status", STOPPED.to_vec(), false)

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::Alert;
 use crate::message::{AlertChange, OutboxMessage, Reporter, StudyState};
-use crate::store::Store;
+use crate::store::{Store, StoreError};
 
 /// How often studies are looked at.
 const TICK: Duration = Duration::from_secs(1);
@@ -45,6 +45,8 @@ pub async fn run(
         match tended {
             Ok(0) => {}
             Ok(_) => outbox.notify_one(),
+            // Ending is what tells the daemon.
+            Err(StoreError::Closed) => return,
             // The workers report a ledger that cannot be written; here the next tick tries again.
             Err(error) => tracing::debug!("studies: {error}"),
         }

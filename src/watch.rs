@@ -11,13 +11,14 @@ use std::collections::VecDeque;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use globset::{Glob, GlobSet, GlobSetBuilder};
 use notify::event::{AccessKind, AccessMode, CreateKind, EventKind, ModifyKind, RenameMode};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher as _};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Watch, WatchMode};
@@ -29,6 +30,9 @@ const HINTS: usize = 1024;
 
 /// How often the folder itself is looked at.
 const FOLDER_CHECK: Duration = Duration::from_secs(2);
+
+/// How long the folder may take to answer.
+const FOLDER_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Files handed on at a time by a walk.
 pub const CHUNK: usize = 256;
@@ -85,10 +89,16 @@ pub async fn follow(
     health: Health,
     stop: CancellationToken,
 ) {
+    let mut folder = Folder {
+        path: config.folder.clone(),
+        asking: None,
+    };
+    // Set once the system has run out of watches: polling until the folder goes away.
+    let mut out_of_watches = false;
     loop {
-        let (identity, watcher, polling) = tokio::select! {
+        let (identity, source, polling) = tokio::select! {
             () = stop.cancelled() => return,
-            present = wait_for_folder(&config, &hints, &health) => present,
+            present = wait_for_folder(&mut folder, &config, &hints, &health, out_of_watches) => present,
         };
         tracing::info!(
             mode = if polling { "polling" } else { "events" },
@@ -102,12 +112,24 @@ pub async fn follow(
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(FOLDER_CHECK) => {}
             }
-            if folder_identity(&config.folder).await != Ok(identity) {
+            let now = tokio::select! {
+                () = stop.cancelled() => return,
+                now = folder.identity() => now,
+            };
+            if now != Ok(identity) {
+                out_of_watches = false;
                 break;
             }
-            if let Some(watcher) = &watcher
-                && watcher.overflowed.swap(false, Ordering::Relaxed)
-            {
+            let Some(source) = &source else { continue };
+            let signs = source.signs.swap(0, Ordering::Relaxed);
+            if signs & GONE != 0 {
+                break;
+            }
+            if signs & NO_WATCHES != 0 {
+                out_of_watches = true;
+                break;
+            }
+            if signs & LOST != 0 {
                 tracing::warn!("file events were lost; walking the whole folder");
                 if hints.send(Hint::Overflow).await.is_err() {
                     return;
@@ -117,36 +139,64 @@ pub async fn follow(
     }
 }
 
-/// Device and inode of the folder: another pair under the same name is another folder (an unmounted or replaced share).
-async fn folder_identity(folder: &Path) -> Result<(u64, u64), String> {
-    let folder = folder.to_owned();
-    tokio::task::spawn_blocking(move || {
-        let metadata = std::fs::metadata(&folder).map_err(|e| e.to_string())?;
-        if !metadata.is_dir() {
-            return Err("it is not a folder".to_owned());
-        }
-        std::fs::read_dir(&folder).map_err(|e| e.to_string())?;
-        Ok((metadata.dev(), metadata.ino()))
-    })
-    .await
-    .unwrap_or_else(|e| Err(e.to_string()))
+/// Device, inode and mount: another triple under the same name is another folder (an unmounted or replaced share).
+type Identity = (u64, u64, u64);
+
+/// The folder, asked who it is without waiting for ever: a share that hangs keeps the one thread that asks, not more and more.
+struct Folder {
+    path: PathBuf,
+    asking: Option<JoinHandle<Result<Identity, String>>>,
+}
+
+impl Folder {
+    async fn identity(&mut self) -> Result<Identity, String> {
+        let path = self.path.clone();
+        let asking = self
+            .asking
+            .get_or_insert_with(|| tokio::task::spawn_blocking(move || identity_of(&path)));
+        let Ok(answer) = tokio::time::timeout(FOLDER_PATIENCE, asking).await else {
+            return Err("it does not answer".into());
+        };
+        self.asking = None;
+        answer.unwrap_or_else(|e| Err(e.to_string()))
+    }
+}
+
+fn identity_of(path: &Path) -> Result<Identity, String> {
+    let text = |e: std::io::Error| e.kind().to_string();
+    let metadata = std::fs::metadata(path).map_err(text)?;
+    if !metadata.is_dir() {
+        return Err("it is not a folder".to_owned());
+    }
+    std::fs::read_dir(path).map_err(text)?;
+    let flags = rustix::fs::StatxFlags::MNT_ID;
+    let mount = rustix::fs::statx(rustix::fs::CWD, path, rustix::fs::AtFlags::empty(), flags);
+    // Before Linux 5.8 there is no mount id.
+    let mount = mount.map_or(0, |stat| stat.stx_mnt_id);
+    Ok((metadata.dev(), metadata.ino(), mount))
 }
 
 async fn wait_for_folder(
+    folder: &mut Folder,
     config: &Watch,
     hints: &mpsc::Sender<Hint>,
     health: &Health,
-) -> ((u64, u64), Option<EventSource>, bool) {
+    out_of_watches: bool,
+) -> (Identity, Option<EventSource>, bool) {
     loop {
-        match folder_identity(&config.folder).await {
+        match folder.identity().await {
             Ok(identity) => {
                 health.clear(Condition::FolderAway);
+                if out_of_watches {
+                    health.raise(Condition::EventsUnavailable, NO_EVENTS);
+                    return (identity, None, true);
+                }
                 let (config, hints, health) = (config.clone(), hints.clone(), health.clone());
-                let (watcher, polling) =
+                let (source, polling) =
                     tokio::task::spawn_blocking(move || open_events(&config, hints, &health))
                         .await
                         .unwrap_or((None, true));
-                return (identity, watcher, polling);
+                return (identity, source, polling);
             }
             Err(error) => health.raise(
                 Condition::FolderAway,
@@ -159,9 +209,20 @@ async fn wait_for_folder(
     }
 }
 
+/// Events were lost: walk.
+const LOST: u8 = 1;
+/// The folder itself was removed or renamed, and its watch with it.
+const GONE: u8 = 2;
+/// A new sub-folder could not be watched.
+const NO_WATCHES: u8 = 4;
+
+const NO_EVENTS: &str =
+    "the system is out of file watches; polling instead, raise fs.inotify.max_user_watches";
+
 struct EventSource {
     _watcher: RecommendedWatcher,
-    overflowed: Arc<AtomicBool>,
+    /// What the callback has noticed since the last look: [`LOST`], [`GONE`], [`NO_WATCHES`].
+    signs: Arc<AtomicU8>,
 }
 
 /// Decides between events and polling; the second value says whether to poll.
@@ -192,29 +253,49 @@ fn open_events(
             (Some(source), false)
         }
         Err(error) => {
-            health.raise(
-                Condition::EventsUnavailable,
-                format!("file events cannot be had ({error}); polling instead, see fs.inotify.max_user_watches"),
-            );
+            // The kind only: the error's own text names folders.
+            let message = match error.kind {
+                notify::ErrorKind::MaxFilesWatch => NO_EVENTS.to_owned(),
+                notify::ErrorKind::Io(error) => {
+                    format!(
+                        "a folder cannot be watched ({}); polling instead, check its permissions",
+                        error.kind()
+                    )
+                }
+                _ => "file events cannot be had; polling instead".to_owned(),
+            };
+            health.raise(Condition::EventsUnavailable, message);
             (None, true)
         }
     }
 }
 
 fn watch_events(config: &Watch, hints: mpsc::Sender<Hint>) -> notify::Result<EventSource> {
-    let overflowed = Arc::new(AtomicBool::new(false));
-    let lost = overflowed.clone();
+    let signs = Arc::new(AtomicU8::new(0));
+    let noticed = signs.clone();
     // notify reports canonical paths only if it is given one.
     let root = config.folder.canonicalize().map_err(notify::Error::io)?;
     let filter = NameFilter::new(&config.ignore);
     let base = root.clone();
-    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        let Ok(event) = event else {
-            lost.store(true, Ordering::Relaxed);
-            return;
+    let callback = move |event: notify::Result<notify::Event>| {
+        let notice = |sign: u8| _ = noticed.fetch_or(sign, Ordering::Relaxed);
+        let event = match event {
+            Ok(event) => event,
+            Err(error) => {
+                let limit = matches!(error.kind, notify::ErrorKind::MaxFilesWatch);
+                notice(if limit { NO_WATCHES } else { LOST });
+                return;
+            }
         };
         if event.need_rescan() {
-            lost.store(true, Ordering::Relaxed);
+            notice(LOST);
+        }
+        let leaves = matches!(
+            event.kind,
+            EventKind::Remove(_) | EventKind::Modify(ModifyKind::Name(RenameMode::From))
+        );
+        if leaves && event.paths.first() == Some(&base) {
+            notice(GONE);
         }
         for hint in hints_of(&event) {
             let (Hint::Complete(path) | Hint::Changed(path) | Hint::Folder(path)) = &hint else {
@@ -233,10 +314,13 @@ fn watch_events(config: &Watch, hints: mpsc::Sender<Hint>) -> notify::Result<Eve
                 _ => Hint::Changed(relative),
             };
             if hints.try_send(hint).is_err() {
-                lost.store(true, Ordering::Relaxed);
+                notice(LOST);
             }
         }
-    })?;
+    };
+    // Links to folders are not followed: what lies behind them is not the scanner's export.
+    let options = notify::Config::default().with_follow_symlinks(false);
+    let mut watcher = RecommendedWatcher::new(callback, options)?;
     let mode = if config.recursive {
         RecursiveMode::Recursive
     } else {
@@ -245,17 +329,17 @@ fn watch_events(config: &Watch, hints: mpsc::Sender<Hint>) -> notify::Result<Eve
     watcher.watch(&root, mode)?;
     Ok(EventSource {
         _watcher: watcher,
-        overflowed,
+        signs,
     })
 }
 
 fn hints_of(event: &notify::Event) -> Vec<Hint> {
     let wrap: fn(PathBuf) -> Hint = match event.kind {
         EventKind::Access(AccessKind::Close(AccessMode::Write)) => Hint::Complete,
-        EventKind::Modify(ModifyKind::Name(RenameMode::To | RenameMode::Both)) => {
+        EventKind::Modify(ModifyKind::Name(RenameMode::To)) => {
             // A renamed folder arrives with everything in it.
             return event.paths.last().map_or_else(Vec::new, |to| {
-                vec![if to.is_dir() {
+                vec![if to.symlink_metadata().is_ok_and(|m| m.is_dir()) {
                     Hint::Folder(to.clone())
                 } else {
                     Hint::Complete(to.clone())
@@ -288,23 +372,27 @@ fn network_file_system(path: &Path) -> Option<&'static str> {
 
 /// Walks `below` (a path below `root`, or empty for all of it) and calls `chunk` with the files found, at most [`CHUNK`] at a
 /// time and in name order within a folder, until `chunk` returns `false`. Symbolic links, FIFOs and devices are reported as the files they
-/// stand for; whether they may be read is decided where they are read. Folders are not followed through links.
+/// stand for; whether they may be read is decided where they are read. Folders are not followed through links. `true` if every sub-folder could be read.
 pub fn walk(
     root: &Path,
     below: &Path,
     config: &Watch,
     chunk: &mut dyn FnMut(Vec<ScanFile>) -> bool,
-) -> std::io::Result<()> {
+) -> std::io::Result<bool> {
     let filter = NameFilter::new(&config.ignore);
     let mut folders = VecDeque::from([below.to_owned()]);
     let mut found = Vec::with_capacity(CHUNK);
     let mut first = true;
+    let mut complete = true;
     while let Some(folder) = folders.pop_front() {
         let entries = match std::fs::read_dir(root.join(&folder)) {
             Ok(entries) => entries,
             Err(error) if first => return Err(error),
             // A sub-folder that has gone or cannot be read: the next walk tries again.
-            Err(_) => continue,
+            Err(_) => {
+                complete = false;
+                continue;
+            }
         };
         first = false;
         let mut names: Vec<_> = entries.flatten().map(|entry| entry.file_name()).collect();
@@ -336,14 +424,14 @@ pub fn walk(
             if found.len() == CHUNK
                 && !chunk(std::mem::replace(&mut found, Vec::with_capacity(CHUNK)))
             {
-                return Ok(());
+                return Ok(false);
             }
         }
     }
     if !found.is_empty() {
         chunk(found);
     }
-    Ok(())
+    Ok(complete)
 }
 
 /// A bounded channel for hints.

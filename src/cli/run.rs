@@ -32,22 +32,28 @@ async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Resul
             tracing::info!(ms = start.elapsed().as_millis() as u64, "ready");
             notify(&[sd_notify::NotifyState::Ready]);
         };
+        let topic_base = prepared.topic_base();
         let mut running = std::pin::pin!(daemon::run(prepared, control.clone(), ready));
         let mut next = None;
+        let mut stopping = false;
         loop {
             tokio::select! {
                 end = &mut running => {
                     end?;
                     break;
                 }
-                _ = terminate.recv() => stop(&control),
-                _ = interrupt.recv() => stop(&control),
-                _ = hangup.recv() => {
+                _ = terminate.recv() => stopping = true,
+                _ = interrupt.recv() => stopping = true,
+                _ = hangup.recv(), if !stopping && next.is_none() => {
                     if let Some(prepared) = reload(global).await {
+                        control.stop_for_reload(prepared.topic_base() == topic_base);
                         next = Some(prepared);
-                        control.stop_for_reload();
                     }
                 }
+            }
+            if stopping {
+                next = None;
+                stop(&control);
             }
         }
         match next {

@@ -38,6 +38,9 @@ const SUBFOLDERS: usize = 64;
 /// How often room on the disk and in the outbox is looked at.
 const ROOM_CHECK: Duration = Duration::from_secs(1);
 
+/// When a new sub-folder is walked for the second time.
+const LATE_WALK: Duration = Duration::from_secs(2);
+
 /// Pause after the ledger could not be written.
 const BLOCKED_PAUSE: Duration = Duration::from_secs(1);
 
@@ -72,6 +75,18 @@ pub struct Intake {
     low_space: bool,
     no_room: bool,
     pruned_day: i64,
+    care: Care,
+}
+
+/// Whether files are worked on one at a time, because an earlier run died with some in work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Care {
+    /// Until everything has been walked once.
+    Walking,
+    /// Until what was found is done.
+    Draining,
+    /// All workers.
+    Off,
 }
 
 /// A file that may still be written.
@@ -90,24 +105,48 @@ struct Walks {
     running: Option<Walk>,
     full_due: bool,
     subfolders: VecDeque<PathBuf>,
+    /// Sub-folders to walk again, and when.
+    late: VecDeque<(Instant, PathBuf)>,
     next_full: Option<Instant>,
 }
 
+impl Walks {
+    fn next_late(&self) -> Option<Instant> {
+        self.late.front().map(|(at, _)| *at)
+    }
+
+    fn begin_late(&mut self) {
+        if let Some((_, folder)) = self.late.pop_front() {
+            self.subfolders.push_back(folder);
+        }
+    }
+}
+
 struct Walk {
-    chunks: mpsc::Receiver<Vec<ScanFile>>,
+    found: mpsc::Receiver<Found>,
     full: bool,
+}
+
+/// What a walk reports.
+enum Found {
+    /// Some files.
+    Files(Vec<ScanFile>),
+    /// It has ended; whether it saw every sub-folder, and at least one file.
+    End { complete: bool },
 }
 
 type Looks = Vec<(PathBuf, Option<Stamp>)>;
 
 impl Intake {
-    /// An intake in front of `workers`. It reports how many files it holds through `backlog`.
+    /// An intake in front of `workers`. It reports how many files it holds through `backlog`. `careful` at first works on one
+    /// file at a time.
     pub fn new(
         config: Arc<Config>,
         store: Store,
         health: Health,
         backlog: Arc<AtomicU64>,
         workers: Vec<std_mpsc::SyncSender<Candidate>>,
+        careful: bool,
     ) -> Self {
         let idle = (0..workers.len()).rev().collect();
         Self {
@@ -127,6 +166,7 @@ impl Intake {
             low_space: false,
             no_room: false,
             pruned_day: 0,
+            care: if careful { Care::Walking } else { Care::Off },
         }
     }
 
@@ -149,12 +189,13 @@ impl Intake {
                 (self.taken.len() + self.settling.len()) as u64,
                 Ordering::Relaxed,
             );
-            let walk_wanted = self.ready.len() < self.config.limits.queue;
+            let walk_wanted = !self.paused() && self.ready.len() < self.config.limits.queue;
+            let next_late = self.walks.next_late();
             tokio::select! {
                 () = stop.cancelled() => break,
                 hint = hints.recv() => self.hint(hint.ok_or(IntakeError::Orphaned)?),
                 report = reports.recv() => self.report(report.ok_or(IntakeError::Orphaned)?)?,
-                chunk = next_chunk(&mut self.walks.running), if walk_wanted => self.walked(chunk).await,
+                found = next_found(&mut self.walks.running), if walk_wanted => self.walked(found).await,
                 looks = async { looking.as_mut().expect("guarded").await }, if looking.is_some() => {
                     looking = None;
                     self.looked(looks.unwrap_or_default());
@@ -162,7 +203,11 @@ impl Intake {
                 _ = look_at.tick(), if looking.is_none() && !self.settling.is_empty() => looking = Some(self.look()),
                 _ = room_check.tick() => self.check_room().await,
                 () = tokio::time::sleep_until(self.paused_until), if self.paused_until > Instant::now() => {}
-                () = sleep_until_some(self.walks.next_full) => self.walks.full_due = true,
+                () = sleep_until_some(self.walks.next_full) => {
+                    self.walks.next_full = None;
+                    self.walks.full_due = true;
+                }
+                () = sleep_until_some(next_late) => self.walks.begin_late(),
             }
         }
         let busy = self.workers.len() - self.idle.len();
@@ -178,8 +223,16 @@ impl Intake {
             .clamp(Duration::from_millis(20), Duration::from_millis(500))
     }
 
+    fn paused(&self) -> bool {
+        self.paused_until > Instant::now()
+    }
+
     fn dispatch(&mut self) {
-        if self.no_room || self.paused_until > Instant::now() {
+        if self.no_room || self.paused() {
+            return;
+        }
+        // One at a time, so that only the file that kills the process is counted as its cause.
+        if self.care != Care::Off && self.idle.len() < self.workers.len() {
             return;
         }
         while let Some(&worker) = self.idle.last()
@@ -193,6 +246,9 @@ impl Intake {
                 return;
             }
             self.idle.pop();
+            if self.care != Care::Off {
+                return;
+            }
         }
     }
 
@@ -201,7 +257,11 @@ impl Intake {
             Hint::Complete(path) => self.ready(path, false),
             Hint::Changed(path) => self.settle(path, None, false),
             Hint::Folder(path) => {
-                if self.walks.subfolders.len() < SUBFOLDERS {
+                if self.walks.subfolders.len() + self.walks.late.len() < SUBFOLDERS {
+                    // Once more a little later: the folder is watched only some time after it was made, and what is closed in it
+                    // until then gives no event.
+                    let late = Instant::now() + LATE_WALK;
+                    self.walks.late.push_back((late, path.clone()));
                     self.walks.subfolders.push_back(path);
                 } else {
                     self.walks.full_due = true;
@@ -218,11 +278,7 @@ impl Intake {
     /// Queues a file for the workers.
     fn ready(&mut self, path: PathBuf, last_chance: bool) {
         if self.taken.contains(&path) {
-            if self.again.len() < SETTLING {
-                self.again.insert(path);
-            } else {
-                self.walks.full_due = true;
-            }
+            self.look_again(path);
             return;
         }
         // Room for hints beyond what walks may fill.
@@ -235,12 +291,19 @@ impl Intake {
         self.ready.push_back(Candidate { path, last_chance });
     }
 
+    /// Notes that a file changed while it was queued or in work.
+    fn look_again(&mut self, path: PathBuf) {
+        if self.again.len() < SETTLING {
+            self.again.insert(path);
+        } else {
+            self.walks.full_due = true;
+        }
+    }
+
     /// Watches a file until it is quiet.
     fn settle(&mut self, path: PathBuf, stamp: Option<Stamp>, deferred: bool) {
         if self.taken.contains(&path) {
-            if self.again.len() < SETTLING {
-                self.again.insert(path);
-            }
+            self.look_again(path);
             return;
         }
         if self.settling.len() >= SETTLING && !self.settling.contains_key(&path) {
@@ -268,6 +331,10 @@ impl Intake {
             return Err(IntakeError::WorkerDied(worker));
         }
         self.idle.push(worker);
+        if self.care == Care::Draining && self.ready.is_empty() {
+            tracing::info!("no file of the run that died has ended this one; back to all workers");
+            self.care = Care::Off;
+        }
         self.taken.remove(&path);
         let changed = self.again.remove(&path);
         match disposition {
@@ -288,7 +355,7 @@ impl Intake {
 
     /// Begins a walk if one is due and none runs.
     fn begin_walk(&mut self) {
-        if self.walks.running.is_some() {
+        if self.walks.running.is_some() || self.paused() {
             return;
         }
         let (below, full) = if std::mem::take(&mut self.walks.full_due) {
@@ -300,33 +367,47 @@ impl Intake {
         } else {
             return;
         };
-        let (chunks_tx, chunks) = mpsc::channel(1);
+        let (found_tx, found) = mpsc::channel(1);
         let config = self.config.watch.clone();
         tokio::task::spawn_blocking(move || {
-            let walked = watch::walk(&config.folder, &below, &config, &mut |chunk| {
-                chunks_tx.blocking_send(chunk).is_ok()
+            let mut any = false;
+            let walked = watch::walk(&config.folder, &below, &config, &mut |files| {
+                any = true;
+                found_tx.blocking_send(Found::Files(files)).is_ok()
             });
-            if let Err(error) = walked {
+            if let Err(error) = &walked {
                 tracing::debug!(kind = %error.kind(), "a folder could not be walked");
             }
+            let complete = any && walked.unwrap_or(false);
+            let _ = found_tx.blocking_send(Found::End { complete });
         });
-        self.walks.running = Some(Walk { chunks, full });
+        self.walks.running = Some(Walk { found, full });
     }
 
-    /// Takes a chunk of a walk, or its end.
-    async fn walked(&mut self, chunk: Option<Vec<ScanFile>>) {
-        let Some(mut files) = chunk else {
-            let full = self.walks.running.take().is_some_and(|walk| walk.full);
-            if full {
-                let pace = if self.polling {
-                    self.config.watch.poll_s
-                } else {
-                    self.config.watch.rescan_s
-                };
-                self.walks.next_full = Some(Instant::now() + Duration::from_secs(pace));
-                self.prune().await;
+    /// Takes files of a walk, or its end.
+    async fn walked(&mut self, found: Option<Found>) {
+        let mut files = match found {
+            Some(Found::Files(files)) => files,
+            end => {
+                let full = self.walks.running.take().is_some_and(|walk| walk.full);
+                let complete = matches!(end, Some(Found::End { complete: true }));
+                if full {
+                    let watch = &self.config.watch;
+                    let pace = if self.polling {
+                        watch.poll_s
+                    } else {
+                        watch.rescan_s
+                    };
+                    self.walks.next_full = Some(Instant::now() + Duration::from_secs(pace));
+                    if self.care == Care::Walking {
+                        self.care = Care::Draining;
+                    }
+                }
+                if full && complete {
+                    self.prune().await;
+                }
+                return;
             }
-            return;
         };
         files.retain(|file| {
             !self.taken.contains(&file.path) && !self.settling.contains_key(&file.path)
@@ -452,9 +533,9 @@ impl Intake {
     }
 }
 
-async fn next_chunk(walk: &mut Option<Walk>) -> Option<Vec<ScanFile>> {
+async fn next_found(walk: &mut Option<Walk>) -> Option<Found> {
     match walk {
-        Some(walk) => walk.chunks.recv().await,
+        Some(walk) => walk.found.recv().await,
         None => std::future::pending().await,
     }
 }

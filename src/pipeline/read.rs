@@ -18,6 +18,8 @@ pub enum Content {
     Vanished,
     /// It changed while it was read.
     Changing,
+    /// The file system or the process is in trouble, not the file: another try will tell.
+    Trouble(Option<Stamp>),
     /// It cannot be used, whatever it holds.
     Rejected(RejectReason, Stamp),
 }
@@ -28,17 +30,7 @@ pub fn read(root: &Path, relative: &Path, limit: u64) -> Content {
     let link = match path.symlink_metadata() {
         Ok(metadata) => metadata,
         Err(error) if gone(&error) => return Content::Vanished,
-        Err(error) => {
-            return unreadable(
-                &error,
-                Stamp {
-                    size: 0,
-                    mtime_ns: 0,
-                    ctime_ns: 0,
-                    inode: 0,
-                },
-            );
-        }
+        Err(_) => return Content::Trouble(None),
     };
     let stamp = Stamp::of(&link);
     let metadata = if link.is_symlink() {
@@ -111,14 +103,18 @@ fn gone(error: &std::io::Error) -> bool {
 }
 
 fn unreadable(error: &std::io::Error, stamp: Stamp) -> Content {
+    // Only a lasting refusal is the file's own; a share that stutters or a lack of descriptors is not.
+    let lasting = matches!(
+        error.kind(),
+        ErrorKind::PermissionDenied | ErrorKind::NotFound | ErrorKind::InvalidFilename
+    ) || error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error());
+    if !lasting {
+        tracing::debug!(kind = %error.kind(), "a file cannot be read now");
+        return Content::Trouble(Some(stamp));
+    }
     // The kind only: the error's own text may name the file.
-    Content::Rejected(
-        RejectReason::new(
-            RejectCode::Unreadable,
-            format!("the file cannot be read ({})", error.kind()),
-        ),
-        stamp,
-    )
+    let message = format!("the file cannot be read ({})", error.kind());
+    Content::Rejected(RejectReason::new(RejectCode::Unreadable, message), stamp)
 }
 
 fn not_a_file(metadata: &Metadata) -> &'static str {

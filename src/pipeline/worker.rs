@@ -20,7 +20,7 @@ use crate::imaging::dicom::DicomHeader;
 use crate::message::{ClassifiedPicture, Examined, Reporter, millis, outcome_word, rfc3339};
 use crate::prediction::{Decision, RejectCode, RejectReason};
 use crate::scan::{ScanFile, ScanId, Stamp, path_bytes, sha256};
-use crate::store::{Claim, NewOutcome, Store, StoreError, StudyGroup};
+use crate::store::{Claim, Ledger, NewOutcome, Store, StoreError, StudyGroup};
 
 /// Wait between two tries to write to a ledger that cannot be written.
 const RETRY: Duration = Duration::from_millis(500);
@@ -92,6 +92,7 @@ impl Worker {
         let (content, stamp) = match read(&root, &candidate.path, limits.file_bytes) {
             Content::Vanished => return Disposition::Vanished,
             Content::Changing => return Disposition::NotYet(None),
+            Content::Trouble(stamp) => return Disposition::NotYet(stamp),
             Content::Rejected(reason, stamp) if may_grow(&reason) && !candidate.last_chance => {
                 tracing::debug!(code = reason.code.as_str(), "not complete yet");
                 return Disposition::NotYet(Some(stamp));
@@ -115,7 +116,8 @@ impl Worker {
                 tracing::debug!(%scan_id, "these bytes have their outcome already");
                 return Disposition::Done;
             }
-            Ok(Claim::InProgress) => return Disposition::Done,
+            // The other worker's outcome will be this file's; should it give the claim back, this one is next.
+            Ok(Claim::InProgress) => return Disposition::NotYet(Some(stamp)),
             Ok(Claim::GiveUp { deaths }) => {
                 tracing::error!(%scan_id, deaths, "rejected: the process died on it each time");
                 let reason = RejectReason::new(
@@ -141,16 +143,9 @@ impl Worker {
             .iter()
             .any(|p| p.outcome.as_ref().is_err_and(may_grow));
         if incomplete && !candidate.last_chance {
-            return match self
-                .context
-                .store
-                .call_blocking(move |ledger| ledger.release(scan_id))
-            {
-                Ok(()) => Disposition::NotYet(Some(stamp)),
-                Err(error) => {
-                    self.blocked(&error);
-                    Disposition::Blocked
-                }
+            return match self.write(move || move |ledger| ledger.release(scan_id)) {
+                Some(()) => Disposition::NotYet(Some(stamp)),
+                None => Disposition::Blocked,
             };
         }
         log(&examined, start.elapsed());
@@ -282,36 +277,49 @@ impl Worker {
         }
     }
 
-    /// Records the outcome; waits as long as the ledger cannot be written, because the outcome is only in memory.
+    /// Records the outcome and wakes the publisher.
     fn record(&self, examined: Examined, group: StudyGroup) -> Disposition {
         let examined = Arc::new(examined);
-        loop {
+        let alerts = self.context.config.alert.enabled;
+        let recorded = self.write(|| {
             let (reporter, examined) = (self.context.reporter.clone(), examined.clone());
-            let alerts = self.context.config.alert.enabled;
-            let recorded = self.context.store.call_blocking(move |ledger| {
-                ledger.record(
-                    &outcome_of(&examined, group),
-                    now(),
-                    alerts,
-                    |study, alert| {
-                        let mut messages = reporter.results(&examined, study.study_id);
-                        messages.extend(alert.map(|change| reporter.alert(study, change)));
-                        messages
-                    },
-                )
-            });
-            match recorded {
-                Ok(true) => {
-                    self.context.health.clear(Condition::StateUnwritable);
+            move |ledger| {
+                let new = outcome_of(&examined, group);
+                ledger.record(&new, now(), alerts, |study, alert| {
+                    let mut messages = reporter.results(&examined, study.study_id);
+                    messages.extend(alert.map(|change| reporter.alert(study, change)));
+                    messages
+                })
+            }
+        });
+        match recorded {
+            Some(new) => {
+                if new {
                     self.context.outbox.notify_one();
-                    return Disposition::Done;
                 }
-                Ok(false) => return Disposition::Done,
-                Err(StoreError::Closed) => return Disposition::Blocked,
+                Disposition::Done
+            }
+            None => Disposition::Blocked,
+        }
+    }
+
+    /// Writes to the ledger; tries again as long as it cannot be written, because what it is about is in memory only. `None` when the daemon
+    /// stops or the ledger is gone.
+    fn write<R: Send + 'static, C>(&self, make_call: impl Fn() -> C) -> Option<R>
+    where
+        C: FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
+    {
+        loop {
+            match self.context.store.call_blocking(make_call()) {
+                Ok(done) => {
+                    self.context.health.clear(Condition::StateUnwritable);
+                    return Some(done);
+                }
+                Err(StoreError::Closed) => return None,
                 Err(error) => self.blocked(&error),
             }
             if self.context.stopping.load(Ordering::Relaxed) {
-                return Disposition::Blocked;
+                return None;
             }
             #[allow(
                 clippy::disallowed_methods,

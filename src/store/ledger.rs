@@ -119,6 +119,8 @@ pub struct Ledger {
     conn: Connection,
     session: i64,
     outbox: u64,
+    suspects: bool,
+    damaged: bool,
 }
 
 type Result<T> = std::result::Result<T, StoreError>;
@@ -155,10 +157,17 @@ impl Ledger {
             |row| row.get(0),
         )?;
         let outbox = conn.query_row("SELECT count(*) FROM outbox", [], |row| row.get(0))?;
+        let suspects = conn.query_row(
+            "SELECT EXISTS (SELECT 1 FROM scan WHERE done_at IS NULL AND attempts > 0)",
+            [],
+            |row| row.get(0),
+        )?;
         Ok(Self {
             conn,
             session,
             outbox,
+            suspects,
+            damaged: false,
         })
     }
 
@@ -180,12 +189,31 @@ impl Ledger {
             conn,
             session: 0,
             outbox: 0,
+            suspects: false,
+            damaged: false,
         })
+    }
+
+    /// Whether an earlier run died with files in work: one of them may be the cause.
+    pub fn suspects(&self) -> bool {
+        self.suspects
+    }
+
+    /// Whether a call has met damage. The database is not to be used any more then.
+    pub(super) fn damaged(&self) -> bool {
+        self.damaged
+    }
+
+    /// Notes damage that an error tells of.
+    fn note_damage<R>(&mut self, result: Result<R>) -> Result<R> {
+        self.damaged |= matches!(result, Err(StoreError::Corrupt(_)));
+        result
     }
 
     pub(super) fn begin(&mut self) -> Result<()> {
         // Immediate: the write lock is taken here, not half-way through, where waiting for it is not possible.
-        Ok(self.conn.execute_batch("BEGIN IMMEDIATE")?)
+        let begun = self.conn.execute_batch("BEGIN IMMEDIATE");
+        self.note_damage(begun.map_err(StoreError::from))
     }
 
     pub(super) fn commit(&mut self) -> Result<()> {
@@ -196,12 +224,13 @@ impl Ledger {
                 "the transaction was rolled back".into(),
             ));
         }
-        self.conn.execute_batch("COMMIT").map_err(|error| {
+        let committed = self.conn.execute_batch("COMMIT");
+        if committed.is_err() {
             // A failed COMMIT may leave the transaction open; end it, nothing of it was answered.
             let _ = self.conn.execute_batch("ROLLBACK");
             self.count_outbox();
-            StoreError::from(error)
-        })
+        }
+        self.note_damage(committed.map_err(StoreError::from))
     }
 
     pub(super) fn in_savepoint<R>(
@@ -215,6 +244,7 @@ impl Ledger {
         }
         self.conn.execute_batch("SAVEPOINT call")?;
         let result = call(self);
+        let result = self.note_damage(result);
         if result.is_err() && self.conn.execute_batch("ROLLBACK TO call").is_ok() {
             self.count_outbox();
         }
@@ -316,8 +346,11 @@ impl Ledger {
 
     /// Gives a claim back without an outcome: the file was not complete, or the daemon stops. The attempt does not count.
     pub fn release(&mut self, scan_id: ScanId) -> Result<()> {
+        // The first attempt leaves no trace, or every version of a file that grows slowly would leave a row.
+        let first = "DELETE FROM scan WHERE scan_id = ?1 AND done_at IS NULL AND attempts <= 1";
+        self.conn.prepare_cached(first)?.execute([&scan_id.0[..]])?;
         self.conn
-            .prepare_cached("UPDATE scan SET session = 0, attempts = max(attempts - 1, 0) WHERE scan_id = ?1 AND done_at IS NULL")?
+            .prepare_cached("UPDATE scan SET session = 0, attempts = attempts - 1 WHERE scan_id = ?1 AND done_at IS NULL")?
             .execute([&scan_id.0[..]])?;
         Ok(())
     }
@@ -482,9 +515,12 @@ impl Ledger {
     }
 
     fn enqueue(&mut self, message: &OutboxMessage, now: i64) -> Result<()> {
-        self.conn
+        // An event that waits already is the same event: it is not said twice.
+        let new = self
+            .conn
             .prepare_cached(
-                "INSERT INTO outbox (event_id, topic, payload, created_at) VALUES (?1, ?2, ?3, ?4)",
+                "INSERT INTO outbox (event_id, topic, payload, created_at) VALUES (?1, ?2, ?3, ?4)
+                 ON CONFLICT (event_id) DO NOTHING",
             )?
             .execute(params![
                 &message.event_id.0[..],
@@ -492,7 +528,7 @@ impl Ledger {
                 message.payload,
                 now
             ])?;
-        self.outbox += 1;
+        self.outbox += new as u64;
         Ok(())
     }
 

@@ -33,6 +33,9 @@ pub use state_dir::{StateDir, free_bytes};
 /// File name of the database inside the state directory.
 pub const DATABASE: &str = "ledger.sqlite3";
 
+/// Left beside a database in which damage was found while it was in use; the next start sets it aside.
+const DAMAGED: &str = "ledger.damaged";
+
 /// Most calls that share one transaction.
 const BATCH: usize = 64;
 
@@ -103,6 +106,8 @@ pub struct Opened {
     pub thread: std::thread::JoinHandle<()>,
     /// Where a damaged ledger was set aside, if one was found.
     pub set_aside: Option<PathBuf>,
+    /// Whether an earlier run died with files in work: one of them may be the cause.
+    pub suspects: bool,
 }
 
 impl Store {
@@ -110,24 +115,33 @@ impl Store {
     /// so and a new one begun: the rescan of the folder then fills it again.
     pub fn open(dir: &Path) -> Result<Opened, StoreError> {
         let path = dir.join(DATABASE);
-        let (ledger, set_aside) = match Ledger::open(&path) {
+        let marker = dir.join(DAMAGED);
+        let opened = if marker.exists() {
+            Err(StoreError::Corrupt("found in an earlier run".into()))
+        } else {
+            Ledger::open(&path)
+        };
+        let (ledger, set_aside) = match opened {
             Err(StoreError::Corrupt(_)) => {
                 let aside = set_aside(&path)?;
+                let _ = std::fs::remove_file(&marker);
                 (Ledger::open(&path)?, Some(aside))
             }
             other => (other?, None),
         };
+        let suspects = ledger.suspects();
         let (jobs, queue) = std::sync::mpsc::sync_channel(QUEUE);
         let outbox = Arc::new(AtomicU64::new(ledger.outbox_len()));
         let shared = outbox.clone();
         let thread = std::thread::Builder::new()
             .name("store".into())
-            .spawn(move || serve(ledger, &queue, &shared))
+            .spawn(move || serve(ledger, &queue, &shared, &marker))
             .map_err(|e| StoreError::Other(format!("cannot start its thread: {e}")))?;
         Ok(Opened {
             store: Self { jobs, outbox },
             thread,
             set_aside,
+            suspects,
         })
     }
 
@@ -182,21 +196,33 @@ fn job<R: Send + 'static>(
 }
 
 /// The store thread: takes whatever waits, runs it in one transaction, commits, answers.
-fn serve(mut ledger: Ledger, queue: &std::sync::mpsc::Receiver<Job>, outbox: &AtomicU64) {
+///
+/// Damage ends it: every later call is answered with [`StoreError::Closed`], the daemon stops, and the next start sets the database aside.
+fn serve(
+    mut ledger: Ledger,
+    queue: &std::sync::mpsc::Receiver<Job>,
+    outbox: &AtomicU64,
+    marker: &Path,
+) {
     while let Ok(first) = queue.recv() {
         if let Err(error) = ledger.begin() {
             first(&mut ledger)(Err(error));
-            continue;
+        } else {
+            let mut replies = vec![first(&mut ledger)];
+            while replies.len() < BATCH {
+                let Ok(job) = queue.try_recv() else { break };
+                replies.push(job(&mut ledger));
+            }
+            let committed = ledger.commit();
+            outbox.store(ledger.outbox_len(), Ordering::Relaxed);
+            for reply in replies {
+                reply(committed.clone());
+            }
         }
-        let mut replies = vec![first(&mut ledger)];
-        while replies.len() < BATCH {
-            let Ok(job) = queue.try_recv() else { break };
-            replies.push(job(&mut ledger));
-        }
-        let committed = ledger.commit();
-        outbox.store(ledger.outbox_len(), Ordering::Relaxed);
-        for reply in replies {
-            reply(committed.clone());
+        if ledger.damaged() {
+            tracing::error!("the ledger is damaged; stopping, the next start sets it aside");
+            let _ = std::fs::write(marker, b"");
+            return;
         }
     }
     ledger.close();
@@ -205,7 +231,12 @@ fn serve(mut ledger: Ledger, queue: &std::sync::mpsc::Receiver<Job>, outbox: &At
 fn set_aside(path: &Path) -> Result<PathBuf, StoreError> {
     let stamp = jiff::Timestamp::now().as_second();
     let aside = path.with_file_name(format!("{DATABASE}.damaged-{stamp}"));
-    std::fs::rename(path, &aside).map_err(|e| StoreError::Unwritable(e.to_string()))?;
+    match std::fs::rename(path, &aside) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(StoreError::Unwritable(error.to_string()));
+        }
+        _ => {}
+    }
     for suffix in ["-wal", "-shm"] {
         let from = path.with_file_name(format!("{DATABASE}{suffix}"));
         let to = path.with_file_name(format!("{DATABASE}.damaged-{stamp}{suffix}"));

@@ -209,10 +209,11 @@ proptest! {
 fn a_failed_call_leaves_no_trace_and_its_neighbours_alone() {
     let running = Running::new();
     running.claim(1);
-    let failed = running
-        .store()
-        .call_blocking(|l| l.record(&outcome(1), 100, false, |_, _| vec![message(1), message(1)]));
-    assert!(failed.is_err(), "the same event twice cannot be stored");
+    let failed: Result<(), _> = running.store().call_blocking(|l| {
+        l.record(&outcome(1), 100, false, |_, _| vec![message(1)])?;
+        Err(StoreError::Other("no".into()))
+    });
+    assert!(failed.is_err());
     assert_eq!(running.pending(), Vec::<u8>::new());
     assert_eq!(running.store().outbox_len(), 0);
     assert!(running.record(1), "the outcome was not recorded either");
