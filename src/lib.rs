@@ -1,5 +1,4 @@
-//! ScanSentry: an edge daemon that watches a scanner's export folder, classifies each new image with a quantized TFLite
-//! model and publishes the results over MQTT. Research use only, not for diagnosis.
+#![doc = include_str!("../ARCHITECTURE.md")]
 
 #[cfg(feature = "demo")]
 pub mod broker;

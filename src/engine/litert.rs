@@ -4,7 +4,7 @@
 //! stand in the order in which they must go: buffers, compiled model, options, model, environment, and last the bytes
 //! of the file, which the model and the compiled model only borrow.
 //!
-//! The runtime would write to stderr: see [`stderr`](super::stderr). Its errors become part of ours.
+//! The runtime would write to stderr: see [`super::stderr`]. Its errors become part of ours.
 //!
 //! Not thread-safe by itself: one [`LiteRt`] belongs to one thread at a time, which `&mut self` and `Send` without `Sync` say.
 

@@ -9,7 +9,7 @@
 //!
 //! Invariants, which the tests hold:
 //!
-//! - A scan (its bytes, by [`ScanId`]) gets at most one outcome, and the outcome and its encoded messages appear in the
+//! - A scan (its bytes, by [`ScanId`](crate::scan::ScanId)) gets at most one outcome, and the outcome and its encoded messages appear in the
 //!   same transaction. There is no moment with one but not the other.
 //! - A message leaves the outbox only when the broker has acknowledged it.
 //! - `claim` is durable before a byte of the file is decoded, so a file that kills the process is counted.
