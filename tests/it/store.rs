@@ -192,6 +192,8 @@ proptest! {
                 }
                 Op::Crash => {
                     running = running.crash();
+                    let suspects = scans.values().any(|s| !s.done && s.attempts > 0);
+                    prop_assert_eq!(running.opened.suspects, suspects);
                     for scan in scans.values_mut() {
                         scan.held = false;
                     }
@@ -246,6 +248,50 @@ fn a_damaged_ledger_is_set_aside_and_a_newer_one_left_alone() {
         Err(StoreError::Newer { found: 99, .. })
     ));
     assert!(database.exists());
+}
+
+#[test]
+fn damage_met_in_use_ends_the_store_and_the_next_start_sets_it_aside() {
+    let running = Running::new();
+    for number in 0..150 {
+        running.claim(number);
+        running.record(number);
+    }
+    let Running { folder, opened } = running;
+    drop(opened.store);
+    opened.thread.join().unwrap();
+    // Closed in order, so the next start does not look at every page; damaged afterwards.
+    let path = folder.path().join(DATABASE);
+    let mut bytes = std::fs::read(&path).unwrap();
+    let after_schema = 4096;
+    bytes[after_schema..].fill(0xa5);
+    std::fs::write(&path, &bytes).unwrap();
+    let errors = match Store::open(folder.path()) {
+        // Found at once: set aside at once.
+        Ok(opened) if opened.set_aside.is_some() => return,
+        Err(error) => panic!("{error}"),
+        Ok(opened) => {
+            let call = |n: u8| {
+                opened
+                    .store
+                    .call_blocking(move |l| l.claim(id(n), &file(n), 100, ATTEMPTS))
+            };
+            let errors: Vec<_> = (0..3).filter_map(|n| call(n).err()).collect();
+            drop(opened.store);
+            opened.thread.join().unwrap();
+            errors
+        }
+    };
+    assert!(matches!(errors[0], StoreError::Corrupt(_)), "{errors:?}");
+    assert!(
+        matches!(errors.last(), Some(StoreError::Closed)),
+        "{errors:?}"
+    );
+    let again = Store::open(folder.path()).unwrap();
+    assert!(again.set_aside.is_some());
+    drop(again.store);
+    again.thread.join().unwrap();
+    assert!(Store::open(folder.path()).unwrap().set_aside.is_none());
 }
 
 #[test]
