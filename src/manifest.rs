@@ -191,7 +191,8 @@ pub enum NormalizeMode {
     ZeroOne,
     /// `level / 127.5 - 1`.
     MinusOneOne,
-    /// VGG16's `preprocess_input`: blue, green, red minus 103.939, 116.779, 123.68.
+    /// VGG16's `preprocess_input`: minus 103.939, 116.779 and 123.68 in the first, second and third channel of the tensor. The reference
+    /// application gives it RGB, so there red loses 103.939: `rgb` with `caffe` is that; `bgr` with `caffe` is what VGG16 was trained on.
     Caffe,
     /// `(level - mean) / std`.
     MeanStd,
