@@ -120,6 +120,7 @@ pub enum Misfits {
 pub struct Pipeline {
     pub workers: usize,
     pub attempts: u32,
+    pub deadline_s: u64,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -454,6 +455,7 @@ impl Config {
         range("limits.queue", limits.queue as u64, 1, 65_536);
         range("model.threads", self.model.threads as u64, 1, 16);
         range("pipeline.workers", self.pipeline.workers as u64, 0, 16);
+        range("pipeline.deadline_s", self.pipeline.deadline_s, 5, 86_400);
         range(
             "pipeline.attempts",
             u64::from(self.pipeline.attempts),

@@ -22,6 +22,7 @@ use crate::config::Config;
 use crate::health::{Condition, Health};
 use crate::message::{Reporter, Sender};
 use crate::mqtt::Settings;
+use crate::pipeline::Stopwatch;
 use crate::pipeline::intake::Intake;
 use crate::pipeline::worker::{self, Context};
 use crate::publisher::Publisher;
@@ -168,6 +169,7 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
     let mut worker_threads = Vec::new();
     for (index, classifier) in classifiers.into_iter().enumerate() {
         let (queue, candidates) = std::sync::mpsc::sync_channel(1);
+        let stopwatch = Stopwatch::default();
         worker_threads.push(
             worker::spawn(
                 index,
@@ -175,10 +177,11 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
                 classifier,
                 candidates,
                 reports_tx.clone(),
+                stopwatch.clone(),
             )
             .context("starting a worker")?,
         );
-        queues.push(queue);
+        queues.push((queue, stopwatch));
     }
     drop((reports_tx, context));
 

@@ -22,7 +22,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{Candidate, Disposition, Report};
+use super::{Candidate, Disposition, Report, Stopwatch};
 use crate::config::Config;
 use crate::health::{Condition, Health};
 use crate::scan::{ScanFile, Stamp};
@@ -50,6 +50,14 @@ pub enum IntakeError {
     /// A worker's thread ended by itself.
     #[error("worker {0} ended unexpectedly")]
     WorkerDied(usize),
+    /// A worker has been at one file for longer than `pipeline.deadline_s`; the process has to start again to get it back.
+    #[error("worker {worker} has been at one file for {seconds} s, more than pipeline.deadline_s")]
+    WorkerHangs {
+        /// Which worker.
+        worker: usize,
+        /// For how long.
+        seconds: u64,
+    },
     /// Nobody sends hints or reports any more.
     #[error("a part of the daemon that the intake depends on has ended")]
     Orphaned,
@@ -62,6 +70,7 @@ pub struct Intake {
     health: Health,
     backlog: Arc<AtomicU64>,
     workers: Vec<std_mpsc::SyncSender<Candidate>>,
+    stopwatches: Vec<Stopwatch>,
     idle: Vec<usize>,
     ready: VecDeque<Candidate>,
     /// Paths in `ready` or in a worker.
@@ -145,9 +154,10 @@ impl Intake {
         store: Store,
         health: Health,
         backlog: Arc<AtomicU64>,
-        workers: Vec<std_mpsc::SyncSender<Candidate>>,
+        workers: Vec<(std_mpsc::SyncSender<Candidate>, Stopwatch)>,
         careful: bool,
     ) -> Self {
+        let (workers, stopwatches): (Vec<_>, Vec<_>) = workers.into_iter().unzip();
         let idle = (0..workers.len()).rev().collect();
         Self {
             config,
@@ -155,6 +165,7 @@ impl Intake {
             health,
             backlog,
             workers,
+            stopwatches,
             idle,
             ready: VecDeque::new(),
             taken: HashSet::new(),
@@ -201,7 +212,10 @@ impl Intake {
                     self.looked(looks.unwrap_or_default());
                 }
                 _ = look_at.tick(), if looking.is_none() && !self.settling.is_empty() => looking = Some(self.look()),
-                _ = room_check.tick() => self.check_room().await,
+                _ = room_check.tick() => {
+                    self.check_deadlines()?;
+                    self.check_room().await;
+                }
                 () = tokio::time::sleep_until(self.paused_until), if self.paused_until > Instant::now() => {}
                 () = sleep_until_some(self.walks.next_full) => {
                     self.walks.next_full = None;
@@ -499,6 +513,19 @@ impl Intake {
         }
     }
 
+    /// A file that hangs a worker is treated like one that kills it: the daemon stops and is started again, and the attempt counts.
+    fn check_deadlines(&self) -> Result<(), IntakeError> {
+        let deadline = Duration::from_secs(self.config.pipeline.deadline_s);
+        for (worker, stopwatch) in self.stopwatches.iter().enumerate() {
+            let running = stopwatch.running();
+            if running > deadline {
+                let seconds = running.as_secs();
+                return Err(IntakeError::WorkerHangs { worker, seconds });
+            }
+        }
+        Ok(())
+    }
+
     /// Stops the flow while there is no room for outcomes, and starts it again.
     async fn check_room(&mut self) {
         let state = &self.config.state;
@@ -565,4 +592,54 @@ fn age(stamp: &Stamp) -> Option<Duration> {
     u64::try_from(jiff::Timestamp::now().as_nanosecond() - changed)
         .ok()
         .map(Duration::from_nanos)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Opened;
+
+    #[tokio::test]
+    async fn a_worker_that_hangs_on_a_file_ends_the_intake() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config = Config::defaults();
+        config.watch.folder = folder.path().join("export");
+        config.watch.settle_ms = 50;
+        config.state.dir = folder.path().to_owned();
+        config.state.min_free_bytes = 0;
+        config.pipeline.deadline_s = 1;
+        std::fs::create_dir(&config.watch.folder).unwrap();
+        std::fs::write(config.watch.folder.join("a.png"), b"x").unwrap();
+        let Opened { store, .. } = Store::open(folder.path()).unwrap();
+
+        // A worker that takes the file and never says a word again.
+        let (queue, candidates) = std_mpsc::sync_channel::<Candidate>(1);
+        let (reports_tx, reports) = mpsc::unbounded_channel();
+        let stopwatch = Stopwatch::default();
+        let its_own = stopwatch.clone();
+        let worker = std::thread::spawn(move || {
+            let taken = candidates.recv().unwrap();
+            its_own.start();
+            (taken, reports_tx, candidates)
+        });
+        let (hints_tx, hints) = watch::channel();
+        hints_tx
+            .send(Hint::Present { polling: false })
+            .await
+            .unwrap();
+        let intake = Intake::new(
+            Arc::new(config),
+            store,
+            Health::default(),
+            Arc::new(AtomicU64::new(0)),
+            vec![(queue, stopwatch)],
+            false,
+        );
+        let end = intake.run(hints, reports, CancellationToken::new()).await;
+        assert!(
+            matches!(end, Err(IntakeError::WorkerHangs { worker: 0, .. })),
+            "{end:?}"
+        );
+        assert_eq!(worker.join().unwrap().0.path, Path::new("a.png"));
+    }
 }

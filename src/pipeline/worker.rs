@@ -11,7 +11,7 @@ use jiff::tz::{Offset, TimeZone};
 use tokio::sync::{Notify, mpsc};
 
 use super::read::{Content, read};
-use super::{Candidate, Disposition, Report};
+use super::{Candidate, Disposition, Report, Stopwatch};
 use crate::classifier::Classifier;
 use crate::config::Config;
 use crate::health::{Condition, Health};
@@ -49,6 +49,7 @@ pub fn spawn(
     classifier: Classifier,
     candidates: std_mpsc::Receiver<Candidate>,
     reports: mpsc::UnboundedSender<Report>,
+    stopwatch: Stopwatch,
 ) -> std::io::Result<std::thread::JoinHandle<()>> {
     std::thread::Builder::new()
         .name(format!("worker-{index}"))
@@ -56,6 +57,7 @@ pub fn spawn(
             let mut worker = Worker {
                 context,
                 classifier,
+                stopwatch,
             };
             while let Ok(candidate) = candidates.recv() {
                 let path = candidate.path.clone();
@@ -80,6 +82,8 @@ pub fn spawn(
 struct Worker {
     context: Context,
     classifier: Classifier,
+    /// Runs while a file can make this worker hang: not while it waits for the ledger.
+    stopwatch: Stopwatch,
 }
 
 impl Worker {
@@ -133,10 +137,12 @@ impl Worker {
             }
         };
         let start = Instant::now();
+        self.stopwatch.start();
         let (mut examined, group) = match content {
             Ok(bytes) => self.examine(scan_id, &bytes, &candidate.path, stamp),
             Err(reason) => self.rejected(scan_id, reason, &candidate.path, stamp),
         };
+        self.stopwatch.stop();
         examined.attempt = attempt;
         let incomplete = examined
             .pictures
