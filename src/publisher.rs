@@ -248,7 +248,6 @@ impl<'a> Connection<'a> {
                     continue;
                 }
                 let ticket = self
-                    .session
                     .publish(&message.topic, message.payload, false, true)
                     .await?;
                 self.in_flight.insert(ticket, (message.seq, Instant::now()));
@@ -349,9 +348,25 @@ impl<'a> Connection<'a> {
         Ok(())
     }
 
+    /// Hands a message to the session; a connection that takes nothing any more for as long as an acknowledgement may take is lost.
+    async fn publish(
+        &mut self,
+        topic: &str,
+        payload: Vec<u8>,
+        retain: bool,
+        json: bool,
+    ) -> Result<Ticket, Ended> {
+        let patience = Duration::from_secs(self.publisher.mqtt.ack_timeout_s);
+        let publishing = self.session.publish(topic, payload, retain, json);
+        match tokio::time::timeout(patience, publishing).await {
+            Ok(published) => Ok(published?),
+            Err(_) => Err(Ended::Lost("the connection takes no messages".into())),
+        }
+    }
+
     async fn publish_own(&mut self, kind: &str, payload: Vec<u8>, json: bool) -> Result<(), Ended> {
         let topic = self.publisher.reporter.sender.topic(kind);
-        let ticket = self.session.publish(&topic, payload, true, json).await?;
+        let ticket = self.publish(&topic, payload, true, json).await?;
         self.own.insert(ticket, Instant::now());
         Ok(())
     }
