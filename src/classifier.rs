@@ -13,8 +13,8 @@ use crate::imaging::decode::{DecodeNote, Limits, Source, SourceKind};
 use crate::imaging::dicom::DicomHeader;
 use crate::imaging::explain::explain;
 use crate::imaging::quality;
-use crate::imaging::quantize::{ColorOrder, Normalization, Quantizer};
-use crate::imaging::resize::{ResizeFilter, ResizeSpec, Resizer};
+use crate::imaging::quantize::{Normalization, Quantizer};
+use crate::imaging::resize::{ResizeSpec, Resizer};
 use crate::imaging::roi::{BrainContour, CropSpec, RoiFinder};
 use crate::manifest::{self, Manifest};
 use crate::message::{ClassifiedPicture, ModelRef, millis};
@@ -146,12 +146,7 @@ impl Classifier {
         let resizer = Resizer::new(ResizeSpec {
             width: manifest.input.width,
             height: manifest.input.height,
-            filter: match resize.filter {
-                manifest::Filter::Nearest => ResizeFilter::Nearest,
-                manifest::Filter::Linear => ResizeFilter::Linear,
-                manifest::Filter::Cubic => ResizeFilter::Cubic,
-                manifest::Filter::Area => ResizeFilter::Area,
-            },
+            filter: resize.filter,
             keep_aspect: resize.keep_aspect,
         });
         let normalize = &manifest.preprocess.normalize;
@@ -165,11 +160,7 @@ impl Classifier {
                 std: normalize.std,
             },
         };
-        let order = match manifest.input.color_order {
-            manifest::ColorOrder::Rgb => ColorOrder::Rgb,
-            manifest::ColorOrder::Bgr => ColorOrder::Bgr,
-            manifest::ColorOrder::Gray => ColorOrder::Gray,
-        };
+        let order = manifest.input.color_order;
         let input = &engine.inputs()[0];
         let quantizer = Quantizer::new(normalization, order, input.element, input.quant)
             .map_err(|e| BundleError(vec![format!("model.bundle: {e}; correct the manifest")]))?;
@@ -382,11 +373,7 @@ fn tensor_problems(
         manifest.input.width as usize,
         manifest.input.height as usize,
     );
-    let channels = if manifest.input.color_order == manifest::ColorOrder::Gray {
-        1
-    } else {
-        3
-    };
+    let channels = manifest.input.color_order.channels();
     match inputs {
         [input] if input.shape == [1, height, width, channels] => {}
         [input] => problems.push(format!(

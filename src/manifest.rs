@@ -9,6 +9,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::imaging::quantize::ColorOrder;
+use crate::imaging::resize::ResizeFilter;
+
 /// The only manifest format so far.
 pub const FORMAT: u32 = 1;
 
@@ -61,19 +64,6 @@ pub struct Input {
     /// Order of the channels in the tensor.
     #[serde(default)]
     pub color_order: ColorOrder,
-}
-
-/// Order of the channels in the input tensor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ColorOrder {
-    /// Red first.
-    #[default]
-    Rgb,
-    /// Blue first, as OpenCV reads.
-    Bgr,
-    /// One channel.
-    Gray,
 }
 
 /// The steps between the decoded picture and the tensor.
@@ -131,7 +121,7 @@ pub enum CropMethod {
 #[serde(deny_unknown_fields, default)]
 pub struct Resize {
     /// Interpolation, with OpenCV's meaning of the name.
-    pub filter: Filter,
+    pub filter: ResizeFilter,
     /// Keep the aspect ratio and fill with black; otherwise stretch.
     pub keep_aspect: bool,
 }
@@ -139,24 +129,10 @@ pub struct Resize {
 impl Default for Resize {
     fn default() -> Self {
         Self {
-            filter: Filter::Cubic,
+            filter: ResizeFilter::Cubic,
             keep_aspect: false,
         }
     }
-}
-
-/// OpenCV's interpolations.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Filter {
-    /// `INTER_NEAREST`.
-    Nearest,
-    /// `INTER_LINEAR`.
-    Linear,
-    /// `INTER_CUBIC`.
-    Cubic,
-    /// `INTER_AREA`.
-    Area,
 }
 
 /// From levels 0-255 to real numbers.
@@ -480,7 +456,7 @@ mod tests {
                 margin: 0
             }
         );
-        assert_eq!(manifest.preprocess.resize.filter, Filter::Cubic);
+        assert_eq!(manifest.preprocess.resize.filter, ResizeFilter::Cubic);
         assert_eq!(manifest.decision.threshold.to_bits(), 0.5_f64.to_bits());
     }
 

@@ -336,14 +336,13 @@ impl<'a> Connection<'a> {
         // A wake-up that was lost, or an outbox that could not be read, costs a tick.
         self.more |= self.publisher.store.outbox_len()
             > (self.in_flight.len() + self.unconfirmed.len() + self.refused.len()) as u64;
-        if self.refused_until.is_some_and(|until| until <= now) {
-            // Once more from the oldest; what is in flight is not sent twice, because it is acknowledged before or with the rest.
-            if self.in_flight.is_empty() {
-                self.refused.clear();
-                self.refused_until = None;
-                self.last_sent = 0;
-                self.more = true;
-            }
+        let settled = self.in_flight.is_empty() && self.unconfirmed.is_empty();
+        if settled && self.refused_until.is_some_and(|until| until <= now) {
+            // Once more from the oldest, when nothing is on its way or still to be confirmed that would be sent a second time.
+            self.refused.clear();
+            self.refused_until = None;
+            self.last_sent = 0;
+            self.more = true;
         }
         Ok(())
     }

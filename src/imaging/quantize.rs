@@ -9,6 +9,8 @@
 //! manifest for such a model says `Rgb` and `Caffe`; a model trained on pictures loaded as RGB says `Bgr` and `Caffe`.
 //! On grey pictures the two differ only by which channel has which mean.
 
+use serde::Deserialize;
+
 use super::Picture;
 use crate::tensor::{ElementType, QuantParams};
 
@@ -35,9 +37,11 @@ pub enum Normalization {
 }
 
 /// Channels of the tensor, first to last.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum ColorOrder {
     /// Red, green, blue. A grey picture fills all three.
+    #[default]
     Rgb,
     /// Blue, green, red. A grey picture fills all three.
     Bgr,

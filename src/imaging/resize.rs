@@ -14,12 +14,14 @@
 //! held in `f32`; loops are plain so that the compiler vectorises them on any architecture.
 
 use image::{GrayImage, RgbImage};
+use serde::Deserialize;
 
 use super::Picture;
 use crate::prediction::Roi;
 
 /// Interpolation, in OpenCV's meaning of the names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum ResizeFilter {
     /// `INTER_NEAREST`.
     Nearest,

@@ -128,7 +128,8 @@ impl Worker {
                     RejectCode::Crashed,
                     format!("the process died {deaths} times while it worked on this file"),
                 );
-                let (examined, group) = self.rejected(scan_id, reason, &candidate.path, stamp);
+                let (mut examined, group) = self.rejected(scan_id, reason, &candidate.path, stamp);
+                examined.attempt = deaths + 1;
                 return self.record(examined, group);
             }
             Err(error) => {

@@ -7,6 +7,8 @@ use scansentry::imaging::Picture;
 use scansentry::imaging::decode::{DecodeNote, Limits, Source, SourceKind};
 use scansentry::prediction::{RejectCode, RejectReason};
 
+use crate::support::files_in;
+
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/decode")
 }
@@ -108,18 +110,7 @@ fn golden_file(name: &str) -> Vec<u8> {
 }
 
 fn golden_files() -> Vec<(String, Vec<u8>)> {
-    let mut files: Vec<_> = std::fs::read_dir(golden().join("files"))
-        .expect("golden files")
-        .map(|entry| entry.unwrap())
-        .map(|entry| {
-            (
-                entry.file_name().into_string().unwrap(),
-                std::fs::read(entry.path()).unwrap(),
-            )
-        })
-        .collect();
-    files.sort();
-    files
+    files_in(&golden().join("files")).expect("golden files")
 }
 
 fn code(bytes: &[u8]) -> Result<(), RejectCode> {

@@ -9,6 +9,8 @@ use scansentry::prediction::{RejectCode, RejectReason};
 
 use crate::decode::{difference, rgb};
 
+use crate::support::{files_in, shared_data};
+
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/dicom")
 }
@@ -19,22 +21,7 @@ pub fn golden_file(name: &str) -> Vec<u8> {
 
 /// The real files, where they are: `SCANSENTRY_DATA`, or `shared/data` beside the repository.
 fn real_files() -> Option<Vec<(String, Vec<u8>)>> {
-    let beside = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data");
-    let folder = std::env::var_os("SCANSENTRY_DATA")
-        .map_or_else(beside, PathBuf::from)
-        .join("dicom");
-    let mut files: Vec<_> = std::fs::read_dir(folder)
-        .ok()?
-        .map(|entry| entry.unwrap())
-        .map(|entry| {
-            (
-                entry.file_name().into_string().unwrap(),
-                std::fs::read(entry.path()).unwrap(),
-            )
-        })
-        .collect();
-    files.sort();
-    Some(files)
+    files_in(&shared_data()?.join("dicom"))
 }
 
 struct Decoded {

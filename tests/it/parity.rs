@@ -15,6 +15,8 @@ use scansentry::imaging::roi::{CropSpec, Fallback, RoiFinder};
 use scansentry::prediction::{RejectCode, RejectReason, Roi};
 use serde::Deserialize;
 
+use crate::support::shared_data;
+
 fn golden() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden")
 }
@@ -320,13 +322,7 @@ fn python() -> Option<PathBuf> {
 }
 
 fn data() -> Option<PathBuf> {
-    let data = std::env::var_os("SCANSENTRY_DATA").map_or_else(
-        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data"),
-        PathBuf::from,
-    );
-    data.join("mri/index.csv")
-        .exists()
-        .then(|| data.join("mri"))
+    shared_data().map(|folder| folder.join("mri"))
 }
 
 #[test]

@@ -19,6 +19,18 @@ pub fn bundle() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("models/braintumor")
 }
 
+/// Names and bytes of the files in `folder`, by name; `None` if it is not there.
+pub fn files_in(folder: &Path) -> Option<Vec<(String, Vec<u8>)>> {
+    let read = |entry: std::fs::DirEntry| {
+        let name = entry.file_name().into_string().unwrap();
+        (name, std::fs::read(entry.path()).unwrap())
+    };
+    let entries = std::fs::read_dir(folder).ok()?;
+    let mut files: Vec<_> = entries.map(|entry| read(entry.unwrap())).collect();
+    files.sort();
+    Some(files)
+}
+
 /// The real images, where they are: `../shared/data` beside the checkout, or `SCANSENTRY_DATA`.
 pub fn shared_data() -> Option<PathBuf> {
     let folder = std::env::var_os("SCANSENTRY_DATA").map_or_else(
