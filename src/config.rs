@@ -4,6 +4,7 @@
 //! key that is not in that file does not exist. Above it: the configuration file, `conf.d/*.toml` beside it, and
 //! `SCANSENTRY__SECTION__KEY` from the environment.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -33,6 +34,8 @@ pub struct Config {
     pub mqtt: Mqtt,
     pub alert: Alert,
     pub health: Health,
+    pub http: Http,
+    pub dashboard: Dashboard,
     pub log: Log,
 }
 
@@ -169,6 +172,42 @@ pub struct Health {
 
 #[derive(Debug, Clone, Deserialize)]
 #[allow(missing_docs)]
+pub struct Http {
+    pub enabled: bool,
+    pub listen: String,
+    pub token_file: String,
+    pub allowed_hosts: Vec<String>,
+    pub connections: usize,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct Dashboard {
+    pub enabled: bool,
+    pub name: String,
+    pub dir: PathBuf,
+    pub retention_days: u32,
+    pub max_rows: u64,
+    pub preview_bytes: u64,
+    pub session_s: u32,
+    pub upload: Upload,
+    pub upload_files: usize,
+}
+
+/// Whether the page takes images.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Upload {
+    /// Where only this machine can reach the page.
+    Auto,
+    /// In any case.
+    On,
+    /// Never.
+    Off,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
 pub struct Log {
     pub level: String,
     pub format: LogFormat,
@@ -203,6 +242,29 @@ impl Pipeline {
                 .map_or(1, usize::from)
                 .min(4),
             n => n,
+        }
+    }
+}
+
+impl Http {
+    /// `listen` taken apart; an error text in the project's style when it is not an IP address with a port.
+    pub fn address(&self) -> Result<SocketAddr, String> {
+        self.listen.parse().map_err(|_| {
+            format!(
+                "http.listen: {:?} is not an IP address with a port; write 127.0.0.1:8420, or 0.0.0.0:8420 for all interfaces",
+                self.listen
+            )
+        })
+    }
+}
+
+impl Dashboard {
+    /// Where the history lies.
+    pub fn folder(&self, state: &State) -> PathBuf {
+        if self.dir.as_os_str().is_empty() {
+            state.dir.join("dashboard")
+        } else {
+            self.dir.clone()
         }
     }
 }
@@ -429,6 +491,24 @@ impl Config {
                 self.log.level
             ));
         }
+        match self.http.address() {
+            Ok(address) if !address.ip().is_loopback() && self.http.token_file.is_empty() => {
+                fail(format!(
+                    "http.token_file: is not set, but http.listen = {address} can be reached from other machines; set it, or listen on 127.0.0.1"
+                ));
+            }
+            Ok(_) => {}
+            Err(line) => fail(line),
+        }
+        let name = &self.dashboard.name;
+        if name.len() > 64 || !name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) {
+            fail(format!(
+                "dashboard.name: {name:?} is not a valid name; use up to 64 letters, digits, -, _ and ."
+            ));
+        }
+        if self.dashboard.folder(&self.state).starts_with(&self.watch.folder) {
+            fail("dashboard.dir: lies inside watch.folder; keep it outside, its files are no images".into());
+        }
         self.check_ranges(&mut fail);
         self.quality.check_shares(&mut fail);
     }
@@ -490,6 +570,23 @@ impl Config {
         range("alert.quiet_s", self.alert.quiet_s, 1, 86_400);
         range("alert.update_s", self.alert.update_s, 1, 3600);
         range("health.interval_s", self.health.interval_s, 1, 3600);
+        let (http, dashboard) = (&self.http, &self.dashboard);
+        range("http.connections", http.connections as u64, 8, 10_000);
+        range(
+            "dashboard.retention_days",
+            u64::from(dashboard.retention_days),
+            1,
+            3650,
+        );
+        range("dashboard.max_rows", dashboard.max_rows, 1000, 10_000_000);
+        range("dashboard.preview_bytes", dashboard.preview_bytes, 0, 1 << 40);
+        range(
+            "dashboard.session_s",
+            u64::from(dashboard.session_s),
+            0,
+            u64::from(u32::MAX) - 1,
+        );
+        range("dashboard.upload_files", dashboard.upload_files as u64, 1, 1_000_000);
     }
 }
 

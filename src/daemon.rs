@@ -1,12 +1,14 @@
 //! Build, spawn, supervise, stop in order.
 //!
 //! ```text
-//! start: model (golden images) → state directory → store → workers → intake, watch, studies, publisher
-//! stop:  watch, studies → intake (files in a worker are finished) → workers → publisher (drains the outbox) → store
+//! start: model (golden images) → state directory → store → workers → intake, watch, studies, web server, publisher
+//! stop:  watch, studies → intake (files in a worker are finished) → workers → publisher (drains the outbox), web server → store
 //! ```
 //!
 //! Every part runs until it is told to stop. A part that ends by itself is a defect: everything is stopped in order and
 //! the process ends with an error, for systemd to start it again.
+
+mod probes;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,9 +20,12 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::classifier::{Bundle, BundleError, Classifier};
-use crate::config::Config;
+use crate::config::{Config, Upload};
+use crate::dashboard::{self, Dashboard, Inbox};
 use crate::health::{Condition, Health};
+use crate::http;
 use crate::message::{Reporter, Sender};
+use crate::metrics::{DashboardMetrics, Metrics};
 use crate::mqtt::Settings;
 use crate::pipeline::Stopwatch;
 use crate::pipeline::intake::Intake;
@@ -28,6 +33,10 @@ use crate::pipeline::worker::{self, Context};
 use crate::publisher::Publisher;
 use crate::store::{Opened, StateDir, Store};
 use crate::{studies, watch};
+use probes::Answers;
+
+/// Wait between tries to get the web server's port.
+const BIND_AGAIN: Duration = Duration::from_secs(10);
 
 /// How long the files in the workers may take at a stop.
 const FINISH: Duration = Duration::from_secs(20);
@@ -37,6 +46,7 @@ pub struct Prepared {
     config: Arc<Config>,
     settings: Settings,
     classifiers: Vec<Classifier>,
+    http: Option<http::Settings>,
 }
 
 impl Prepared {
@@ -64,11 +74,13 @@ pub fn prepare(config: Config) -> Result<Prepared, Vec<String>> {
     let settings = settings(&config).map_err(|line| problems.push(line));
     let classifiers =
         load_classifiers(&config).map_err(|BundleError(lines)| problems.extend(lines));
-    match (settings, classifiers) {
-        (Ok(settings), Ok(classifiers)) => Ok(Prepared {
+    let http = web(&config).map_err(|line| problems.push(line));
+    match (settings, classifiers, http) {
+        (Ok(settings), Ok(classifiers), Ok(http)) => Ok(Prepared {
             config: Arc::new(config),
             settings,
             classifiers,
+            http,
         }),
         _ => Err(problems),
     }
@@ -78,6 +90,28 @@ pub fn prepare(config: Config) -> Result<Prepared, Vec<String>> {
 pub fn settings(config: &Config) -> Result<Settings, String> {
     let client_id = format!("scansentry-{}-{}", config.device.site, config.device.id);
     Settings::new(&config.mqtt, &client_id).map_err(|e| e.to_string())
+}
+
+/// The web server's settings, with the files they name read; `None` where it is off.
+fn web(config: &Config) -> Result<Option<http::Settings>, String> {
+    if !(config.http.enabled || config.dashboard.enabled) {
+        return Ok(None);
+    }
+    let http = http::Settings::new(&config.http)?;
+    if uploads(config, &http) {
+        dashboard::check_upload(config)?;
+    }
+    Ok(Some(http))
+}
+
+/// Whether the page takes images.
+fn uploads(config: &Config, http: &http::Settings) -> bool {
+    config.dashboard.enabled
+        && match config.dashboard.upload {
+            Upload::Auto => http.loopback(),
+            Upload::On => true,
+            Upload::Off => false,
+        }
 }
 
 fn load_classifiers(config: &Config) -> Result<Vec<Classifier>, BundleError> {
@@ -109,13 +143,20 @@ impl Control {
     }
 }
 
-/// Runs until `control` says stop. `ready` is called once everything runs.
-pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> anyhow::Result<()> {
+/// Runs until `control` says stop. `ready` is called once everything runs; `page` with the dashboard's address, as soon as it has one.
+pub async fn run(
+    prepared: Prepared,
+    control: Control,
+    ready: impl FnOnce(),
+    page: impl FnOnce(&str) + Send + 'static,
+) -> anyhow::Result<()> {
     let Prepared {
         config,
         settings,
         classifiers,
+        http,
     } = prepared;
+    let metrics = Metrics::default();
     let health = Health::default();
     // What this process writes, above all the ledger with its paths, is for its own user.
     rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
@@ -163,6 +204,7 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
         reporter: reporter.clone(),
         outbox: outbox.clone(),
         stopping: stopping.clone(),
+        metrics: metrics.clone(),
     };
     let (reports_tx, reports) = mpsc::unbounded_channel();
     let mut queues = Vec::new();
@@ -209,6 +251,24 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
         suspects,
     );
     let mut taking = tokio::spawn(intake.run(hints, reports, stop_input.clone()));
+    let mut serving = tokio::spawn(serve(
+        http,
+        Web {
+            probes: Answers {
+                store: store.clone(),
+                health: health.clone(),
+                backlog: backlog.clone(),
+                reporter: reporter.clone(),
+                engine: engine.clone(),
+                metrics,
+                dashboard: config.dashboard.enabled.then(DashboardMetrics::default),
+            },
+            config: config.clone(),
+            settings: settings.clone(),
+            page,
+        },
+        stop_output.clone(),
+    ));
     let publisher = Publisher {
         settings,
         mqtt: config.mqtt.clone(),
@@ -230,6 +290,7 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
         end = &mut tending => Some(describe("studies", end.map(|()| Ok::<_, std::convert::Infallible>(())))),
         end = &mut taking => Some(describe("intake", end)),
         end = &mut publishing => Some(describe("publisher", end)),
+        end = &mut serving => Some(describe("web server", end)),
     };
     if let Some(defect) = &defect {
         tracing::error!("{defect}; stopping in order");
@@ -259,6 +320,7 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
         Duration::from_secs(config.mqtt.drain_s) + FINISH,
     )
     .await;
+    finish(serving, FINISH).await;
     if finished {
         let closed = tokio::task::spawn_blocking(move || store_thread.join());
         if tokio::time::timeout(FINISH, closed).await.is_err() {
@@ -267,6 +329,68 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
     }
     drop(state);
     defect.map_or(Ok(()), |defect| Err(anyhow::anyhow!(defect)))
+}
+
+/// What the web server is made of.
+struct Web<F> {
+    probes: Answers,
+    config: Arc<Config>,
+    settings: Settings,
+    page: F,
+}
+
+/// The web server, if there is one, until `stop`.
+async fn serve(
+    http: Option<http::Settings>,
+    web: Web<impl FnOnce(&str)>,
+    stop: CancellationToken,
+) -> Result<(), String> {
+    let (config, counted) = (web.config, web.probes.dashboard.clone());
+    match (http, counted) {
+        (None, _) => stop.cancelled().await,
+        (Some(http), Some(metrics)) => {
+            let inbox = uploads(&config, &http)
+                .then(|| Inbox::open(&config, web.probes.reporter.key.clone(), web.probes.store.clone()));
+            let id = format!(
+                "scansentry-dashboard-{}-{}",
+                config.device.site, config.device.id
+            );
+            let name = match config.dashboard.name.as_str() {
+                "" => format!("{}-{}", config.device.site, config.device.id),
+                name => name.to_owned(),
+            };
+            let dashboard = Dashboard {
+                mqtt: Dashboard::broker(web.settings.with_client_id(id), &config),
+                config,
+                http,
+                name,
+                metrics,
+                inbox,
+            };
+            dashboard
+                .run(Some(Arc::new(web.probes)), stop, web.page)
+                .await?;
+        }
+        (Some(http), None) => {
+            let mut said = false;
+            let server = loop {
+                match http::Server::bind(&http).await {
+                    Ok(server) => break server,
+                    // The main job goes on without.
+                    Err(line) if !said => tracing::error!("the web server does not run: {line}"),
+                    Err(_) => {}
+                }
+                said = true;
+                tokio::select! {
+                    () = stop.cancelled() => return Ok(()),
+                    () = tokio::time::sleep(BIND_AGAIN) => {}
+                }
+            };
+            tracing::info!(url = server.url(), "web server");
+            server.serve(Arc::new(web.probes), None, stop).await;
+        }
+    }
+    Ok(())
 }
 
 fn describe<E: std::fmt::Display>(

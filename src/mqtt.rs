@@ -25,6 +25,9 @@ const MAX_PACKET: usize = 1 << 20;
 /// Requests queued inside the client besides the messages in flight: status, health, subscriptions, disconnect.
 const SPARE_REQUESTS: usize = 16;
 
+/// Messages of a persistent session that may be on their way to us without being confirmed.
+pub const RECEIVE_MAXIMUM: u16 = 256;
+
 /// How to connect: the checked configuration with its files read.
 #[derive(Clone)]
 pub struct Settings {
@@ -37,6 +40,7 @@ pub struct Settings {
     connect_timeout: Duration,
     inflight: u16,
     will: Option<(String, &'static [u8])>,
+    persistent: Option<u32>,
 }
 
 impl std::fmt::Debug for Settings {
@@ -86,6 +90,7 @@ impl Settings {
             connect_timeout: Duration::from_secs(mqtt.connect_timeout_s),
             inflight: mqtt.inflight,
             will: None,
+            persistent: None,
         })
     }
 
@@ -100,6 +105,14 @@ impl Settings {
     #[must_use]
     pub fn with_client_id(mut self, client_id: String) -> Self {
         self.client_id = client_id;
+        self
+    }
+
+    /// The same with a session that the broker keeps for `expiry_s` seconds without a connection (MQTT 3.1.1: for ever), and
+    /// with messages that count as received only after [`Session::confirm`].
+    #[must_use]
+    pub fn with_persistent_session(mut self, expiry_s: u32) -> Self {
+        self.persistent = Some(expiry_s);
         self
     }
 
@@ -174,6 +187,10 @@ fn certificates(key: &str, path: &str) -> Result<Vec<CertificateDer<'static>>, S
 /// Names one published message within its session.
 pub type Ticket = u64;
 
+/// Names a received message that waits for [`Session::confirm`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Receipt(u16);
+
 /// What happened on a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
@@ -191,6 +208,8 @@ pub enum Event {
         payload: Vec<u8>,
         /// Whether it was kept by the broker from before.
         retained: bool,
+        /// To be confirmed once the message is safe; only in a persistent session and above QoS 0.
+        receipt: Option<Receipt>,
     },
     /// The connection is gone, and this session with it.
     Lost(String),
@@ -221,7 +240,8 @@ impl Session {
         // Unbounded, because a bounded channel could stop the poller while this side waits for the poller. What can gather is bounded all
         // the same: acknowledgements by the messages in flight, and incoming messages by QoS 1 and the broker's own window.
         let (events_tx, events) = mpsc::unbounded_channel();
-        let requests = usize::from(settings.inflight) + SPARE_REQUESTS;
+        let receipts = settings.persistent.map_or(0, |_| RECEIVE_MAXIMUM);
+        let requests = usize::from(settings.inflight) + usize::from(receipts) + SPARE_REQUESTS;
         let (client, poller) = if settings.protocol == 4 {
             let mut options = rumqttc::MqttOptions::new(
                 &settings.client_id,
@@ -230,7 +250,8 @@ impl Session {
             );
             options
                 .set_keep_alive(settings.keep_alive)
-                .set_clean_session(true)
+                .set_clean_session(settings.persistent.is_none())
+                .set_manual_acks(settings.persistent.is_some())
                 .set_inflight(settings.inflight);
             options
                 .set_max_packet_size(MAX_PACKET, MAX_PACKET)
@@ -254,15 +275,21 @@ impl Session {
             event_loop.set_network_options(network);
             (
                 Client::V4(client),
-                tokio::spawn(poll_v4(event_loop, events_tx)),
+                tokio::spawn(poll_v4(event_loop, events_tx, settings.persistent.is_some())),
             )
         } else {
             let mut options =
                 v5::MqttOptions::new(&settings.client_id, settings.host(), settings.address.port);
             options
                 .set_keep_alive(settings.keep_alive)
-                .set_clean_start(true)
+                .set_clean_start(settings.persistent.is_none())
+                .set_manual_acks(settings.persistent.is_some())
                 .set_transport(settings.transport());
+            if settings.persistent.is_some() {
+                options
+                    .set_session_expiry_interval(settings.persistent)
+                    .set_receive_maximum(Some(RECEIVE_MAXIMUM));
+            }
             options.set_connection_timeout(settings.connect_timeout.as_secs());
             options.set_outgoing_inflight_upper_limit(settings.inflight);
             options.set_max_packet_size(Some(MAX_PACKET as u32));
@@ -286,7 +313,7 @@ impl Session {
             let (client, event_loop) = v5::AsyncClient::new(options, requests);
             (
                 Client::V5(client),
-                tokio::spawn(poll_v5(event_loop, events_tx)),
+                tokio::spawn(poll_v5(event_loop, events_tx, settings.persistent.is_some())),
             )
         };
         Self {
@@ -310,13 +337,15 @@ impl Session {
         self.events.try_recv().ok()
     }
 
-    /// Queues a message with QoS 1. The caller keeps the number of unacknowledged messages at or below `mqtt.inflight`.
+    /// Queues a message with QoS 1; MQTT 5 brokers drop it after `expiry_s` seconds. The caller keeps the number of
+    /// unacknowledged messages at or below `mqtt.inflight`.
     pub async fn publish(
         &mut self,
         topic: &str,
         payload: Vec<u8>,
         retain: bool,
         json: bool,
+        expiry_s: Option<u32>,
     ) -> Result<Ticket, Gone> {
         match &self.client {
             Client::V4(client) => {
@@ -329,6 +358,7 @@ impl Session {
                 let properties = v5::mqttbytes::v5::PublishProperties {
                     payload_format_indicator: Some(1),
                     content_type: json.then(|| "application/json".into()),
+                    message_expiry_interval: expiry_s,
                     ..Default::default()
                 };
                 client
@@ -348,17 +378,44 @@ impl Session {
         Ok(ticket)
     }
 
-    /// Asks for the messages of a topic filter, QoS 1.
-    pub async fn subscribe(&mut self, filter: &str) -> Result<(), Gone> {
+    /// Asks for the messages of a topic filter, with QoS 1, or 0 for those that need not be kept while this side is away.
+    pub async fn subscribe(&mut self, filter: &str, keep: bool) -> Result<(), Gone> {
         match &self.client {
-            Client::V4(client) => client
-                .subscribe(filter, rumqttc::QoS::AtLeastOnce)
-                .await
-                .map_err(|_| Gone),
-            Client::V5(client) => client
-                .subscribe(filter, v5::mqttbytes::QoS::AtLeastOnce)
-                .await
-                .map_err(|_| Gone),
+            Client::V4(client) => {
+                let qos = if keep {
+                    rumqttc::QoS::AtLeastOnce
+                } else {
+                    rumqttc::QoS::AtMostOnce
+                };
+                client.subscribe(filter, qos).await.map_err(|_| Gone)
+            }
+            Client::V5(client) => {
+                let qos = if keep {
+                    v5::mqttbytes::QoS::AtLeastOnce
+                } else {
+                    v5::mqttbytes::QoS::AtMostOnce
+                };
+                client.subscribe(filter, qos).await.map_err(|_| Gone)
+            }
+        }
+    }
+
+    /// Tells the broker that a message of a persistent session is safe; until then it sends it again on the next connection.
+    pub async fn confirm(&mut self, receipt: Receipt) -> Result<(), Gone> {
+        match &self.client {
+            Client::V4(client) => {
+                let mut message = rumqttc::Publish::new("", rumqttc::QoS::AtLeastOnce, Vec::new());
+                message.pkid = receipt.0;
+                client.ack(&message).await.map_err(|_| Gone)
+            }
+            Client::V5(client) => {
+                let message = v5::mqttbytes::v5::Publish {
+                    qos: v5::mqttbytes::QoS::AtLeastOnce,
+                    pkid: receipt.0,
+                    ..Default::default()
+                };
+                client.ack(&message).await.map_err(|_| Gone)
+            }
         }
     }
 
@@ -395,7 +452,11 @@ impl Tickets {
     }
 }
 
-async fn poll_v4(mut event_loop: rumqttc::EventLoop, events: mpsc::UnboundedSender<Event>) {
+async fn poll_v4(
+    mut event_loop: rumqttc::EventLoop,
+    events: mpsc::UnboundedSender<Event>,
+    receipts: bool,
+) {
     use rumqttc::{Event as E, Outgoing, Packet};
     let mut tickets = Tickets::default();
     loop {
@@ -409,6 +470,7 @@ async fn poll_v4(mut event_loop: rumqttc::EventLoop, events: mpsc::UnboundedSend
                 topic: message.topic,
                 payload: message.payload.to_vec(),
                 retained: message.retain,
+                receipt: (receipts && message.pkid != 0).then_some(Receipt(message.pkid)),
             },
             Ok(E::Outgoing(Outgoing::Publish(packet))) => {
                 tickets.sent(packet);
@@ -425,7 +487,11 @@ async fn poll_v4(mut event_loop: rumqttc::EventLoop, events: mpsc::UnboundedSend
     }
 }
 
-async fn poll_v5(mut event_loop: v5::EventLoop, events: mpsc::UnboundedSender<Event>) {
+async fn poll_v5(
+    mut event_loop: v5::EventLoop,
+    events: mpsc::UnboundedSender<Event>,
+    receipts: bool,
+) {
     use rumqttc::Outgoing;
     use v5::Event as E;
     use v5::mqttbytes::v5::{Packet, PubAckReason};
@@ -444,6 +510,7 @@ async fn poll_v5(mut event_loop: v5::EventLoop, events: mpsc::UnboundedSender<Ev
                 topic: String::from_utf8_lossy(&message.topic).into_owned(),
                 payload: message.payload.to_vec(),
                 retained: message.retain,
+                receipt: (receipts && message.pkid != 0).then_some(Receipt(message.pkid)),
             },
             Ok(E::Outgoing(Outgoing::Publish(packet))) => {
                 tickets.sent(packet);
@@ -457,5 +524,63 @@ async fn poll_v5(mut event_loop: v5::EventLoop, events: mpsc::UnboundedSender<Ev
         if events.send(event).is_err() || last {
             return;
         }
+    }
+}
+
+/// Waits between connections: doubling from `backoff_min_ms` to `backoff_max_s`, each shortened by a random part of up to a half,
+/// so that a ward full of appliances does not come back in step.
+#[derive(Debug)]
+pub struct Backoff {
+    min: Duration,
+    max: Duration,
+    now: Duration,
+}
+
+impl Backoff {
+    /// At the shortest wait.
+    pub fn new(mqtt: &Mqtt) -> Self {
+        let min = Duration::from_millis(mqtt.backoff_min_ms);
+        Self {
+            min,
+            max: Duration::from_secs(mqtt.backoff_max_s).max(min),
+            now: min,
+        }
+    }
+
+    /// How long to wait now; the next time it is twice as long.
+    pub fn next(&mut self) -> Duration {
+        let wait = self.now;
+        self.now = (self.now * 2).min(self.max);
+        let mut random = [0; 2];
+        // Without random numbers the wait is simply not shortened.
+        let _ = getrandom::fill(&mut random);
+        let part = f64::from(u16::from_le_bytes(random)) / f64::from(u16::MAX);
+        wait.mul_f64(1.0 - part / 2.0)
+    }
+
+    /// Back to the shortest wait: the connection works.
+    pub fn reset(&mut self) {
+        self.now = self.min;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backoff_doubles_within_its_bounds() {
+        let mqtt = Mqtt {
+            backoff_min_ms: 100,
+            backoff_max_s: 1,
+            ..crate::config::Config::defaults().mqtt
+        };
+        let mut backoff = Backoff::new(&mqtt);
+        for full in [100, 200, 400, 800, 1000, 1000] {
+            let wait = backoff.next().as_millis();
+            assert!((full / 2..=full).contains(&wait), "{wait} of {full}");
+        }
+        backoff.reset();
+        assert!(backoff.next().as_millis() <= 100);
     }
 }

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{Health as HealthConfig, Mqtt};
 use crate::health::{Condition, Conditions, Health};
 use crate::message::{self, Backlog, ConditionMessage, HealthMessage, Reporter, rfc3339};
-use crate::mqtt::{Event, Gone, Session, Settings, Ticket};
+use crate::mqtt::{Backoff, Event, Gone, Session, Settings, Ticket};
 use crate::store::{Store, StoreError};
 
 /// Payload of the retained status topic while connected.
@@ -356,7 +356,7 @@ impl<'a> Connection<'a> {
         json: bool,
     ) -> Result<Ticket, Ended> {
         let patience = Duration::from_secs(self.publisher.mqtt.ack_timeout_s);
-        let publishing = self.session.publish(topic, payload, retain, json);
+        let publishing = self.session.publish(topic, payload, retain, json, None);
         match tokio::time::timeout(patience, publishing).await {
             Ok(published) => Ok(published?),
             Err(_) => Err(Ended::Lost("the connection takes no messages".into())),
@@ -429,59 +429,5 @@ impl<'a> Connection<'a> {
             let _ = tokio::time::timeout(GOODBYE, acknowledged).await;
         }
         self.session.close(GOODBYE).await;
-    }
-}
-
-/// Waits between connections: doubling from `backoff_min_ms` to `backoff_max_s`, each shortened by a random part of up to a half,
-/// so that a ward full of appliances does not come back in step.
-struct Backoff {
-    min: Duration,
-    max: Duration,
-    now: Duration,
-}
-
-impl Backoff {
-    fn new(mqtt: &Mqtt) -> Self {
-        let min = Duration::from_millis(mqtt.backoff_min_ms);
-        Self {
-            min,
-            max: Duration::from_secs(mqtt.backoff_max_s).max(min),
-            now: min,
-        }
-    }
-
-    fn next(&mut self) -> Duration {
-        let wait = self.now;
-        self.now = (self.now * 2).min(self.max);
-        let mut random = [0; 2];
-        // Without random numbers the wait is simply not shortened.
-        let _ = getrandom::fill(&mut random);
-        let part = f64::from(u16::from_le_bytes(random)) / f64::from(u16::MAX);
-        wait.mul_f64(1.0 - part / 2.0)
-    }
-
-    fn reset(&mut self) {
-        self.now = self.min;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn backoff_doubles_within_its_bounds() {
-        let mqtt = Mqtt {
-            backoff_min_ms: 100,
-            backoff_max_s: 1,
-            ..crate::config::Config::defaults().mqtt
-        };
-        let mut backoff = Backoff::new(&mqtt);
-        for full in [100, 200, 400, 800, 1000, 1000] {
-            let wait = backoff.next().as_millis();
-            assert!((full / 2..=full).contains(&wait), "{wait} of {full}");
-        }
-        backoff.reset();
-        assert!(backoff.next().as_millis() <= 100);
     }
 }

@@ -12,7 +12,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use hmac::{Hmac, KeyInit, Mac};
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest, Sha256};
 
 /// Length of the appliance's key in bytes.
@@ -48,6 +48,11 @@ impl PseudonymKey {
         id.copy_from_slice(&bytes[..16]);
         Pseudonym(id)
     }
+
+    /// The id of a file by the SHA-256 of its bytes.
+    pub fn scan_id(&self, sha256: &[u8; 32]) -> ScanId {
+        self.pseudonym("scan", &[sha256])
+    }
 }
 
 /// A keyed 128-bit hash, written as 32 lower-case hex digits.
@@ -72,6 +77,13 @@ impl fmt::Debug for Pseudonym {
 impl Serialize for Pseudonym {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Pseudonym {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
     }
 }
 

@@ -1,6 +1,7 @@
-//! `demo`: broker, simulated scanner, daemon and a subscriber in one process, a line for each result.
+//! `demo`: broker, simulated scanner, daemon, dashboard and a subscriber in one process, a line for each result.
 
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -39,6 +40,12 @@ pub(super) struct DemoArgs {
     /// Port of the embedded broker, on 127.0.0.1; default: any free one
     #[arg(long)]
     port: Option<u16>,
+    /// Port of the dashboard, on 127.0.0.1; default: any free one
+    #[arg(long, value_name = "PORT", default_value_t = 0)]
+    http_port: u16,
+    /// Open the dashboard in a browser
+    #[arg(long)]
+    open: bool,
 }
 
 pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
@@ -53,6 +60,8 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
     config.model.bundle.clone_from(&args.bundle);
     config.mqtt.url = broker.url();
     config.alert.quiet_s = 5;
+    config.dashboard.enabled = true;
+    config.http.listen = format!("127.0.0.1:{}", args.http_port);
     config.log.level = "warn,rumqttd=off".into();
     config.log.format = LogFormat::Text;
     telemetry::init(&config.log);
@@ -77,7 +86,7 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
             println!("  images         generated phantoms, every second one with a bright lesion");
         }
     }
-    println!("  Ctrl-C stops\n");
+    println!("  Ctrl-C stops");
 
     let simulator = Simulator {
         to: watched,
@@ -90,12 +99,25 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
         images: args.images.clone(),
     };
     let stopping = Arc::new(AtomicBool::new(false));
+    let open = args.open;
+    let page = move |url: &str| {
+        println!("  dashboard      {url}\n");
+        if open {
+            // Without a desktop the address above has to do.
+            let _ = std::process::Command::new("xdg-open")
+                .arg(url)
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn();
+        }
+    };
     block_on(async {
         let control = Control::default();
-        let mut running = tokio::spawn(daemon::run(prepared, control.clone(), || {}));
+        let mut running = tokio::spawn(daemon::run(prepared, control.clone(), || {}, page));
         let mut session = Session::open(&listener);
         session
-            .subscribe("scansentry/#")
+            .subscribe("scansentry/#", true)
             .await
             .map_err(|e| gone(&e))?;
         let stop = stopping.clone();

@@ -2,6 +2,7 @@
 
 mod check;
 mod classify;
+mod dashboard;
 #[cfg(feature = "demo")]
 mod demo;
 mod ledger;
@@ -49,7 +50,9 @@ enum Verb {
     Classify(classify::ClassifyArgs),
     /// Write what the model sees of a file
     Preprocess(classify::PreprocessArgs),
-    /// Everything in one process: broker, simulated scanner, daemon
+    /// Serve the dashboard for one appliance or a whole fleet
+    Dashboard,
+    /// Everything in one process: broker, simulated scanner, daemon, dashboard
     #[cfg(feature = "demo")]
     Demo(demo::DemoArgs),
     /// Export synthetic slices into a folder
@@ -86,6 +89,7 @@ pub fn main() -> ExitCode {
         Verb::Check(args) => check::check(global, &args),
         Verb::Classify(args) => classify::classify(global, &args),
         Verb::Preprocess(args) => classify::preprocess(global, &args),
+        Verb::Dashboard => dashboard::dashboard(global),
         #[cfg(feature = "demo")]
         Verb::Demo(args) => demo::demo(&args),
         Verb::Simulate(args) => simulate::simulate(&args),

@@ -33,7 +33,7 @@ async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Resul
             notify(&[sd_notify::NotifyState::Ready]);
         };
         let topic_base = prepared.topic_base();
-        let mut running = std::pin::pin!(daemon::run(prepared, control.clone(), ready));
+        let mut running = std::pin::pin!(daemon::run(prepared, control.clone(), ready, |_| {}));
         let mut next = None;
         let mut stopping = false;
         loop {

@@ -18,6 +18,7 @@ use crate::health::{Condition, Health};
 use crate::imaging::decode::Limits;
 use crate::imaging::dicom::DicomHeader;
 use crate::message::{ClassifiedPicture, Examined, Reporter, millis, outcome_word, rfc3339};
+use crate::metrics::Metrics;
 use crate::prediction::{Decision, RejectCode, RejectReason};
 use crate::scan::{ScanFile, ScanId, Stamp, path_bytes, sha256};
 use crate::store::{Claim, Ledger, NewOutcome, Store, StoreError, StudyGroup};
@@ -40,6 +41,8 @@ pub struct Context {
     pub outbox: Arc<Notify>,
     /// Set when the daemon stops: a worker that waits for a writable ledger gives up.
     pub stopping: Arc<AtomicBool>,
+    /// Counts outcomes.
+    pub metrics: Metrics,
 }
 
 /// Starts worker number `index`; it ends when `candidates` is closed.
@@ -167,11 +170,7 @@ impl Worker {
         stamp: Stamp,
     ) -> ScanId {
         match content {
-            Ok(bytes) => self
-                .context
-                .reporter
-                .key
-                .pseudonym("scan", &[&sha256(bytes)]),
+            Ok(bytes) => self.context.reporter.key.scan_id(&sha256(bytes)),
             Err(_) => self.context.reporter.key.pseudonym(
                 "place",
                 &[
@@ -302,6 +301,7 @@ impl Worker {
         match recorded {
             Some(new) => {
                 if new {
+                    self.context.metrics.count(&examined);
                     self.context.outbox.notify_one();
                 }
                 Disposition::Done

@@ -18,6 +18,7 @@
 //! One thread owns the database ([`Store`]); every call is a closure over [`Ledger`] that runs there. All calls that wait at
 //! the same time share one transaction and one `fsync`, and each gets its answer only after the commit.
 
+mod history;
 mod ledger;
 mod state_dir;
 
@@ -27,7 +28,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::oneshot;
 
+pub use history::{Changes, History, HistoryReader, Retention};
 pub use ledger::{Claim, Ledger, NewOutcome, StudyGroup};
+use state_dir::{Lock, lock};
 pub use state_dir::{StateDir, free_bytes};
 
 /// File name of the database inside the state directory.
@@ -230,7 +233,8 @@ fn serve(
 
 fn set_aside(path: &Path) -> Result<PathBuf, StoreError> {
     let stamp = jiff::Timestamp::now().as_second();
-    let aside = path.with_file_name(format!("{DATABASE}.damaged-{stamp}"));
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let aside = path.with_file_name(format!("{name}.damaged-{stamp}"));
     match std::fs::rename(path, &aside) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             return Err(StoreError::Unwritable(error.to_string()));
@@ -238,8 +242,8 @@ fn set_aside(path: &Path) -> Result<PathBuf, StoreError> {
         _ => {}
     }
     for suffix in ["-wal", "-shm"] {
-        let from = path.with_file_name(format!("{DATABASE}{suffix}"));
-        let to = path.with_file_name(format!("{DATABASE}.damaged-{stamp}{suffix}"));
+        let from = path.with_file_name(format!("{name}{suffix}"));
+        let to = path.with_file_name(format!("{name}.damaged-{stamp}{suffix}"));
         match std::fs::rename(&from, &to) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(StoreError::Unwritable(error.to_string()));

@@ -16,32 +16,13 @@ const LOCK: &str = "lock";
 pub struct StateDir {
     path: PathBuf,
     key: PseudonymKey,
-    _lock: File,
+    _lock: Lock,
 }
 
 impl StateDir {
     /// Opens `path`, making it (mode 0700) and its key (mode 0600) at first start, and locks it.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let unwritable = |e: std::io::Error| StoreError::Unwritable(e.to_string());
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(path)
-            .map_err(unwritable)?;
-        let lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(path.join(LOCK))
-            .map_err(unwritable)?;
-        rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(
-            |_| {
-                StoreError::Other(
-                    "another scansentry uses this state directory; stop it or set state.dir".into(),
-                )
-            },
-        )?;
+        let lock = lock(path)?;
         let key = read_or_make_key(path)?;
         Ok(Self {
             path: path.to_owned(),
@@ -59,6 +40,35 @@ impl StateDir {
     pub fn key(&self) -> &PseudonymKey {
         &self.key
     }
+}
+
+/// Held while it lives; let go by the kernel when the process dies.
+#[derive(Debug)]
+pub(super) struct Lock(#[allow(dead_code, reason = "what holds the lock")] File);
+
+/// Makes `path` (mode 0700) if it is not there, and takes it for this process alone.
+pub(super) fn lock(path: &Path) -> Result<Lock, StoreError> {
+    let unwritable = |e: std::io::Error| StoreError::Unwritable(e.to_string());
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(unwritable)?;
+    let lock = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(path.join(LOCK))
+        .map_err(unwritable)?;
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).map_err(
+        |_| {
+            StoreError::Other(
+                "another scansentry uses this state directory; stop it or set state.dir or dashboard.dir".into(),
+            )
+        },
+    )?;
+    Ok(Lock(lock))
 }
 
 /// The key in `dir`; made with the system's generator, and on the disk before it is used, if there is none.

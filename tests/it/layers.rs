@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Modules by layer, from the bottom. Within the two middle kinds of layer nobody imports a neighbour.
-const PURE: [&str; 9] = [
+const PURE: [&str; 10] = [
     "config",
     "health",
+    "history",
     "imaging",
     "manifest",
     "message",
@@ -15,9 +16,11 @@ const PURE: [&str; 9] = [
     "scan",
     "tensor",
 ];
-const EDGES: [&str; 7] = [
+const EDGES: [&str; 9] = [
     "broker",
     "engine",
+    "http",
+    "metrics",
     "mqtt",
     "simulate",
     "store",
@@ -25,11 +28,14 @@ const EDGES: [&str; 7] = [
     "watch",
 ];
 const CORE: [&str; 1] = ["classifier"];
-const LOOPS: [&str; 3] = ["pipeline", "publisher", "studies"];
+const LOOPS: [&str; 4] = ["dashboard", "pipeline", "publisher", "studies"];
 const TOP: [&str; 2] = ["daemon", "cli"];
 
 /// Crates that only one module may name.
-const OWNED: [(&str, &str); 5] = [
+const OWNED: [(&str, &str); 8] = [
+    ("axum", "http"),
+    ("hyper", "http"),
+    ("prometheus_client", "metrics"),
     ("rumqttc", "mqtt"),
     ("rumqttd", "broker"),
     ("rusqlite", "store"),

@@ -1,0 +1,535 @@
+//! Follows the appliances: messages into the history, changes to the pages, acknowledgements to the broker.
+//!
+//! What has arrived and is not stored yet is bounded: above QoS 0 by the broker, which sends at most
+//! [`RECEIVE_MAXIMUM`](crate::mqtt::RECEIVE_MAXIMUM) messages that were not confirmed, and previews by [`PREVIEWS`]. A
+//! history that cannot be written is tried again with the same batch; the broker keeps the rest.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::{Broker, Order, now_ms};
+use crate::config::Config;
+use crate::history::{ApplianceKey, Body, Received, parse};
+use crate::http::{Refusal, Update};
+use crate::message::{NOTICE, rfc3339};
+use crate::metrics::DashboardMetrics;
+use crate::mqtt::{Backoff, Event, Receipt, Session, Settings, Ticket};
+use crate::scan::Pseudonym;
+use crate::store::{Changes, History, HistoryReader, Retention, StoreError};
+
+/// Messages that arrive within this time share a transaction.
+const GATHER: Duration = Duration::from_millis(20);
+/// Pages hear of changes at most this often.
+const FLUSH: Duration = Duration::from_millis(200);
+/// Most previews that wait to be stored.
+const PREVIEWS: usize = 64;
+/// Rows and previews in one event.
+const EVENT_ROWS: usize = 40;
+/// Wait before a batch is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+/// How often pages and metrics are told how things are.
+const TICK: Duration = Duration::from_secs(5);
+/// How often old rows are looked for.
+const PRUNE: Duration = Duration::from_mins(1);
+/// Rows forgotten in one transaction.
+const PRUNE_ROWS: usize = 2000;
+/// How long an acknowledgement may take.
+const ORDER_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the goodbye may take.
+const GOODBYE: Duration = Duration::from_secs(2);
+/// A retained acknowledgement is dropped by the broker after this, seconds.
+const ACK_EXPIRY_S: u32 = 30 * 86_400;
+
+pub(super) struct Follow {
+    pub(super) config: Arc<Config>,
+    pub(super) settings: Settings,
+    pub(super) name: String,
+    pub(super) reader: HistoryReader,
+    pub(super) updates: broadcast::Sender<Arc<Update>>,
+    pub(super) broker: watch::Sender<Broker>,
+    pub(super) metrics: DashboardMetrics,
+}
+
+/// Why a connection ended.
+enum Ended {
+    Stop,
+    Lost(String),
+}
+
+/// A batch on its way into the history, and the history itself: there and back again.
+type Writing = JoinHandle<(Box<History>, Vec<Received>, Result<Changes, StoreError>)>;
+
+/// What is at hand between broker, history and pages.
+struct Hands {
+    /// `None` while it is written.
+    history: Option<Box<History>>,
+    writing: Option<Writing>,
+    /// To be confirmed when the batch in `writing` is stored.
+    receipts: Vec<Receipt>,
+    pending: Vec<Received>,
+    pending_receipts: Vec<Receipt>,
+    /// Not before this is the next batch written.
+    write_at: Instant,
+    /// What the pages have not heard yet.
+    unsent: Changes,
+    sent_at: Instant,
+    orders: HashMap<Ticket, (Instant, oneshot::Sender<Result<(), Refusal>>)>,
+    prune_at: Instant,
+}
+
+impl Follow {
+    pub(super) async fn run(
+        self,
+        history: Box<History>,
+        mut orders: mpsc::Receiver<Order>,
+        stop: CancellationToken,
+    ) {
+        self.metrics.rows.set(history.rows());
+        let mut backoff = Backoff::new(&self.config.mqtt);
+        let now = Instant::now();
+        let mut hands = Hands {
+            history: Some(history),
+            writing: None,
+            receipts: Vec::new(),
+            pending: Vec::new(),
+            pending_receipts: Vec::new(),
+            write_at: now,
+            unsent: Changes::default(),
+            sent_at: now,
+            orders: HashMap::new(),
+            prune_at: now,
+        };
+        let mut warned = false;
+        loop {
+            let mut session = Session::open(&self.settings);
+            let ended = self
+                .connection(&mut session, &mut hands, &mut orders, &mut backoff, &stop)
+                .await;
+            if hands.history.is_none() && hands.writing.is_none() {
+                tracing::error!("dashboard: a defect in the program ended the history");
+                return;
+            }
+            for (_, (_, done)) in hands.orders.drain() {
+                let _ = done.send(Err(away()));
+            }
+            // Not confirmed: the broker sends these again on the next connection.
+            hands.receipts.clear();
+            hands.pending_receipts.clear();
+            match ended {
+                Ended::Stop => {
+                    session.close(GOODBYE).await;
+                    if let Some(writing) = hands.writing.take() {
+                        let _ = tokio::time::timeout(GOODBYE, writing).await;
+                    }
+                    return;
+                }
+                Ended::Lost(reason) => {
+                    if self.broker.borrow().connected || !warned {
+                        tracing::warn!(
+                            broker = self.settings.broker(),
+                            "dashboard: no connection to the broker ({reason}); trying again"
+                        );
+                        warned = true;
+                    }
+                    drop(session);
+                    self.say_broker(false, Some(reason));
+                }
+            }
+            let wait = tokio::time::sleep(backoff.next());
+            tokio::pin!(wait);
+            loop {
+                tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = &mut wait => break,
+                    Some(order) = orders.recv() => { let _ = order.done.send(Err(away())); }
+                }
+            }
+        }
+    }
+
+    fn say_broker(&self, connected: bool, reason: Option<String>) {
+        self.metrics.connected.set(u64::from(connected));
+        let changed = self.broker.send_if_modified(|broker| {
+            let changed = broker.connected != connected;
+            if changed {
+                broker.since_ms = now_ms();
+            }
+            broker.connected = connected;
+            broker.reason = reason;
+            changed
+        });
+        if changed {
+            self.tick();
+        }
+    }
+
+    /// Tells the pages that the server is there, and how it stands with the broker.
+    fn tick(&self) {
+        self.send("tick", &super::page::broker_json(&self.broker.borrow()));
+    }
+
+    fn send(&self, event: &'static str, data: &Value) {
+        let data = data.to_string();
+        // Without pages there is nobody to tell.
+        let _ = self.updates.send(Arc::new(Update { event, data }));
+    }
+
+    async fn connection(
+        &self,
+        session: &mut Session,
+        hands: &mut Hands,
+        orders: &mut mpsc::Receiver<Order>,
+        backoff: &mut Backoff,
+        stop: &CancellationToken,
+    ) -> Ended {
+        let mut tick = tokio::time::interval(TICK);
+        let patience = Duration::from_secs(self.config.mqtt.connect_timeout_s) + GOODBYE;
+        let deadline = Instant::now() + patience;
+        let mut connected = false;
+        loop {
+            if hands.writing.is_none() && !hands.pending.is_empty() && hands.write_at <= Instant::now() {
+                hands.begin_writing();
+            }
+            if hands.writing.is_none() && hands.pending.is_empty() {
+                // Of messages that were not taken: nothing to store, and yet to be confirmed.
+                for receipt in std::mem::take(&mut hands.pending_receipts) {
+                    if session.confirm(receipt).await.is_err() {
+                        return Ended::Lost("the connection has ended".into());
+                    }
+                }
+            }
+            if hands.has_unsent() && hands.sent_at + FLUSH <= Instant::now() {
+                self.flush(hands).await;
+            }
+            let (write_at, flush_at) = (hands.write_at, hands.sent_at + FLUSH);
+            let may_write = hands.writing.is_none() && !hands.pending.is_empty();
+            let may_flush = hands.has_unsent();
+            tokio::select! {
+                () = stop.cancelled() => return Ended::Stop,
+                event = session.next() => match event {
+                    Event::Connected => {
+                        connected = true;
+                        if self.subscribe(session).await.is_err() {
+                            return Ended::Lost("the connection has ended".into());
+                        }
+                        tracing::info!(broker = self.settings.broker(), "dashboard: connected to the broker");
+                        self.say_broker(true, None);
+                    }
+                    Event::Message { topic, payload, retained, receipt } => {
+                        backoff.reset();
+                        self.hear(hands, &topic, &payload, retained, receipt);
+                    }
+                    Event::Acked(ticket) => hands.answer(ticket, Ok(())),
+                    Event::Refused(ticket, reason) => hands.answer(ticket, Err(Refusal::Away(format!(
+                        "acknowledgement: the broker refuses it ({reason}); check its access rules"
+                    )))),
+                    Event::Lost(reason) => return Ended::Lost(reason),
+                },
+                written = async { hands.writing.as_mut().expect("only polled while writing").await }, if hands.writing.is_some() => {
+                    hands.writing = None;
+                    let Ok((history, batch, result)) = written else {
+                        return Ended::Lost("the history's thread has died".into());
+                    };
+                    if !self.stored(session, hands, history, batch, result).await {
+                        return Ended::Lost("the connection has ended".into());
+                    }
+                }
+                () = tokio::time::sleep_until(write_at), if may_write => {}
+                () = tokio::time::sleep_until(flush_at), if may_flush => {}
+                Some(order) = orders.recv() => {
+                    if connected {
+                        if self.publish(session, hands, order).await.is_err() {
+                            return Ended::Lost("the connection has ended".into());
+                        }
+                    } else {
+                        let _ = order.done.send(Err(away()));
+                    }
+                }
+                _ = tick.tick() => {
+                    if !connected && deadline <= Instant::now() {
+                        return Ended::Lost("no answer in time".into());
+                    }
+                    hands.orders.retain(|_, (since, _)| since.elapsed() < ORDER_PATIENCE);
+                    self.tick();
+                    self.count_appliances().await;
+                    if hands.prune_at <= Instant::now() && let Some(history) = hands.history.take() {
+                        hands.prune_at = Instant::now() + PRUNE;
+                        let (history, forgotten, more) = self.prune(history).await;
+                        hands.history = history;
+                        if more {
+                            hands.prune_at = Instant::now();
+                        }
+                        for (appliance, alert) in forgotten {
+                            let topic = self.ack_topic(&appliance, alert);
+                            if session.publish(&topic, Vec::new(), true, false, None).await.is_err() {
+                                return Ended::Lost("the connection has ended".into());
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    async fn subscribe(&self, session: &mut Session) -> Result<(), crate::mqtt::Gone> {
+        let prefix = &self.config.mqtt.topic_prefix;
+        for kind in ["status", "health", "result", "alert", "study"] {
+            session.subscribe(&format!("{prefix}/+/+/{kind}"), true).await?;
+        }
+        session.subscribe(&format!("{prefix}/+/+/ack/+"), true).await?;
+        // A preview that nobody hears is not worth the broker's memory.
+        session.subscribe(&format!("{prefix}/+/+/preview"), false).await
+    }
+
+    fn hear(
+        &self,
+        hands: &mut Hands,
+        topic: &str,
+        payload: &[u8],
+        retained: bool,
+        receipt: Option<Receipt>,
+    ) {
+        let prefix = &self.config.mqtt.topic_prefix;
+        hands.pending_receipts.extend(receipt);
+        match parse(prefix, topic, payload, retained, now_ms()) {
+            Ok(message) => {
+                let is_preview = |m: &Received| matches!(m.body, Body::Preview(_));
+                if is_preview(&message)
+                    && (self.config.dashboard.preview_bytes == 0
+                        || hands.pending.iter().filter(|m| is_preview(m)).count() >= PREVIEWS)
+                {
+                    self.metrics.heard("preview", "dropped");
+                    return;
+                }
+                if hands.pending.is_empty() {
+                    hands.write_at = hands.write_at.max(Instant::now() + GATHER);
+                }
+                hands.pending.push(message);
+            }
+            Err(reason) => {
+                tracing::debug!("a message was not taken: {reason}");
+                self.metrics.heard("unknown", "unusable");
+            }
+        }
+    }
+
+    /// After a batch: confirms it, or keeps it for another try. `false` when the connection has ended.
+    async fn stored(
+        &self,
+        session: &mut Session,
+        hands: &mut Hands,
+        history: Box<History>,
+        batch: Vec<Received>,
+        result: Result<Changes, StoreError>,
+    ) -> bool {
+        self.metrics.rows.set(history.rows());
+        hands.history = Some(history);
+        match result {
+            Ok(changes) => {
+                if self.broker.borrow().storage.is_some() {
+                    tracing::info!("dashboard: the history can be written again");
+                    self.broker.send_modify(|broker| broker.storage = None);
+                    self.tick();
+                }
+                for (kind, new) in &changes.counted {
+                    self.metrics.heard(kind, if *new { "stored" } else { "known" });
+                }
+                hands.gather(changes);
+                for receipt in std::mem::take(&mut hands.receipts) {
+                    if session.confirm(receipt).await.is_err() {
+                        return false;
+                    }
+                }
+            }
+            Err(error) => {
+                if self.broker.borrow().storage.is_none() {
+                    tracing::error!("dashboard: the history cannot be written: {error}");
+                    let line = format!("history cannot be written ({error}); the broker keeps new messages");
+                    self.broker.send_modify(|broker| broker.storage = Some(line));
+                    self.tick();
+                }
+                let newer = std::mem::replace(&mut hands.pending, batch);
+                hands.pending.extend(newer);
+                let newer = std::mem::take(&mut hands.pending_receipts);
+                hands.pending_receipts = std::mem::take(&mut hands.receipts);
+                hands.pending_receipts.extend(newer);
+                hands.write_at = Instant::now() + RETRY;
+            }
+        }
+        true
+    }
+
+    /// Tells the pages what has changed.
+    async fn flush(&self, hands: &mut Hands) {
+        hands.sent_at = Instant::now();
+        let changes = std::mem::take(&mut hands.unsent);
+        self.metrics.pages.set(self.updates.receiver_count() as u64);
+        if self.updates.receiver_count() == 0 {
+            return;
+        }
+        if !changes.results.is_empty() {
+            self.send("results", &json!({ "rows": changes.results, "more": changes.more }));
+        }
+        if !changes.previews.is_empty() {
+            self.send("previews", &changes.previews.into());
+        }
+        let reader = self.reader.clone();
+        let read = tokio::task::spawn_blocking(move || {
+            let mut appliances = Vec::new();
+            for key in &changes.appliances {
+                appliances.extend(reader.appliances(Some(key))?);
+            }
+            let mut alerts = Vec::new();
+            for (key, id) in &changes.alerts {
+                alerts.extend(reader.alert(key, *id)?);
+            }
+            Ok::<_, StoreError>((appliances, alerts))
+        });
+        if let Ok(Ok((appliances, alerts))) = read.await {
+            if !appliances.is_empty() {
+                self.send("appliances", &appliances.into());
+            }
+            if !alerts.is_empty() {
+                self.send("alerts", &alerts.into());
+            }
+        }
+    }
+
+    async fn count_appliances(&self) {
+        let reader = self.reader.clone();
+        let Ok(Ok(appliances)) =
+            tokio::task::spawn_blocking(move || reader.appliances(None)).await
+        else {
+            return;
+        };
+        let state = |appliance: &Value| match appliance["status"].as_str() {
+            Some("online") if appliance["health"]["state"] == "degraded" => "degraded",
+            Some("online") => "online",
+            Some("stopped") => "stopped",
+            Some(_) => "offline",
+            None => "unknown",
+        };
+        for name in ["online", "degraded", "stopped", "offline", "unknown"] {
+            let count = appliances.iter().filter(|a| state(a) == name).count();
+            self.metrics.appliances(name, count as u64);
+        }
+        self.metrics.pages.set(self.updates.receiver_count() as u64);
+    }
+
+    async fn prune(
+        &self,
+        mut history: Box<History>,
+    ) -> (Option<Box<History>>, Vec<(ApplianceKey, Pseudonym)>, bool) {
+        let dashboard = &self.config.dashboard;
+        let keep = Retention {
+            before_ms: now_ms() - i64::from(dashboard.retention_days) * 86_400_000,
+            max_rows: dashboard.max_rows,
+            preview_bytes: dashboard.preview_bytes,
+        };
+        let pruned = tokio::task::spawn_blocking(move || {
+            let pruned = history.prune(keep, PRUNE_ROWS);
+            (history, pruned)
+        });
+        match pruned.await {
+            Ok((history, Ok((forgotten, more)))) => {
+                self.metrics.rows.set(history.rows());
+                (Some(history), forgotten, more)
+            }
+            Ok((history, Err(error))) => {
+                tracing::debug!("dashboard: old rows are not forgotten: {error}");
+                (Some(history), Vec::new(), false)
+            }
+            Err(_) => (None, Vec::new(), false),
+        }
+    }
+
+    fn ack_topic(&self, appliance: &ApplianceKey, alert: Pseudonym) -> String {
+        format!("{}/{appliance}/ack/{alert}", self.config.mqtt.topic_prefix)
+    }
+
+    async fn publish(
+        &self,
+        session: &mut Session,
+        hands: &mut Hands,
+        order: Order,
+    ) -> Result<(), crate::mqtt::Gone> {
+        let topic = self.ack_topic(&order.appliance, order.alert);
+        let payload = if order.take_back {
+            Vec::new()
+        } else {
+            let ack = json!({
+                "schema": "scansentry/ack/1",
+                "alert_id": order.alert,
+                "device": order.appliance.device,
+                "site": order.appliance.site,
+                "at": rfc3339(jiff::Timestamp::now()),
+                "by": self.name,
+                "notice": NOTICE,
+            });
+            ack.to_string().into_bytes()
+        };
+        let json = !order.take_back;
+        let ticket = session
+            .publish(&topic, payload, true, json, Some(ACK_EXPIRY_S))
+            .await?;
+        hands.orders.insert(ticket, (Instant::now(), order.done));
+        Ok(())
+    }
+}
+
+fn away() -> Refusal {
+    Refusal::Away("broker: is away, so the other dashboards would not learn of it; try again when it is back".into())
+}
+
+impl Hands {
+    fn begin_writing(&mut self) {
+        let Some(mut history) = self.history.take() else {
+            return;
+        };
+        let batch = std::mem::take(&mut self.pending);
+        self.receipts = std::mem::take(&mut self.pending_receipts);
+        self.writing = Some(tokio::task::spawn_blocking(move || {
+            let result = history.write(&batch);
+            (history, batch, result)
+        }));
+    }
+
+    fn has_unsent(&self) -> bool {
+        let unsent = &self.unsent;
+        !(unsent.results.is_empty()
+            && unsent.previews.is_empty()
+            && unsent.appliances.is_empty()
+            && unsent.alerts.is_empty())
+    }
+
+    fn gather(&mut self, changes: Changes) {
+        let unsent = &mut self.unsent;
+        unsent.more += changes.more + keep_last(&mut unsent.results, changes.results);
+        keep_last(&mut unsent.previews, changes.previews);
+        unsent.appliances.extend(changes.appliances);
+        unsent.alerts.extend(changes.alerts);
+    }
+
+    fn answer(&mut self, ticket: Ticket, result: Result<(), Refusal>) {
+        if let Some((_, done)) = self.orders.remove(&ticket) {
+            let _ = done.send(result);
+        }
+    }
+}
+
+/// Appends `new` to `rows` and drops the oldest beyond [`EVENT_ROWS`]; returns how many went.
+fn keep_last(rows: &mut Vec<Value>, new: Vec<Value>) -> u64 {
+    let mut all: VecDeque<_> = std::mem::take(rows).into();
+    all.extend(new);
+    let surplus = all.len().saturating_sub(EVENT_ROWS);
+    all.drain(..surplus);
+    *rows = all.into();
+    surplus as u64
+}
