@@ -151,6 +151,7 @@ pub struct Mqtt {
     pub connect_timeout_s: u64,
     pub ack_timeout_s: u64,
     pub inflight: u16,
+    pub expiry_s: u32,
     pub backoff_min_ms: u64,
     pub backoff_max_s: u64,
     pub drain_s: u64,
@@ -564,6 +565,7 @@ impl Config {
         range("mqtt.connect_timeout_s", mqtt.connect_timeout_s, 1, 300);
         range("mqtt.ack_timeout_s", mqtt.ack_timeout_s, 1, 3600);
         range("mqtt.inflight", u64::from(mqtt.inflight), 1, 1000);
+        range("mqtt.expiry_s", u64::from(mqtt.expiry_s), 0, 31_536_000);
         range("mqtt.backoff_min_ms", mqtt.backoff_min_ms, 10, 60_000);
         range("mqtt.backoff_max_s", mqtt.backoff_max_s, 1, 3600);
         range("mqtt.drain_s", mqtt.drain_s, 0, 300);

@@ -53,8 +53,77 @@ impl Sender {
     }
 
     /// The topic of a kind of message.
-    pub fn topic(&self, kind: &str) -> String {
-        format!("{}/{kind}", self.topic_base)
+    pub fn topic(&self, kind: Kind) -> String {
+        format!("{}/{}", self.topic_base, kind.suffix())
+    }
+}
+
+/// What an appliance publishes, each on its own topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// `online`, `stopped` or `offline`, as plain text; retained.
+    Status,
+    /// [`HealthMessage`]; retained.
+    Health,
+    /// [`ResultMessage`].
+    Result,
+    /// [`AlertMessage`].
+    Alert,
+    /// [`StudyMessage`].
+    Study,
+}
+
+impl Kind {
+    const ALL: [Self; 5] = [
+        Self::Status,
+        Self::Health,
+        Self::Result,
+        Self::Alert,
+        Self::Study,
+    ];
+
+    /// The end of its topic, after `<prefix>/<site>/<device>/`.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Self::Status => "status",
+            Self::Health => "health",
+            Self::Result => "result",
+            Self::Alert => "alert",
+            Self::Study => "study",
+        }
+    }
+
+    /// The name of its schema; `docs/mqtt/` holds one for each.
+    pub fn schema(self) -> &'static str {
+        match self {
+            Self::Status => "scansentry/status/1",
+            Self::Health => "scansentry/health/1",
+            Self::Result => "scansentry/result/1",
+            Self::Alert => "scansentry/alert/1",
+            Self::Study => "scansentry/study/1",
+        }
+    }
+
+    /// The media type of its payload.
+    pub fn content_type(self) -> &'static str {
+        match self {
+            Self::Status => "text/plain",
+            _ => "application/json",
+        }
+    }
+
+    /// Whether the broker keeps the last one for those who subscribe later.
+    pub fn retained(self) -> bool {
+        matches!(self, Self::Status | Self::Health)
+    }
+
+    /// The kind that a topic of an appliance ends in.
+    pub fn of_topic(topic: &str) -> Option<Self> {
+        let ends = |kind: &Self| {
+            let rest = topic.strip_suffix(kind.suffix());
+            rest.is_some_and(|rest| rest.ends_with('/'))
+        };
+        Self::ALL.into_iter().find(ends)
     }
 }
 
@@ -459,12 +528,12 @@ impl Reporter {
         let rejected = picture.outcome.as_ref().err();
         let prediction = found.map(|c| &c.prediction);
         let event_id = self.event_id(
-            "result",
+            Kind::Result,
             examined.scan_id,
             u64::from(picture.frame.unwrap_or(0)),
         );
         let payload = ResultMessage {
-            schema: "scansentry/result/1",
+            schema: Kind::Result.schema(),
             event_id,
             scan_id: examined.scan_id,
             study_id,
@@ -492,14 +561,14 @@ impl Reporter {
             replayed: examined.attempt > 1,
             notice: NOTICE,
         };
-        self.outbox_message("result", event_id, &payload)
+        self.outbox_message(Kind::Result, event_id, &payload)
     }
 
     /// A change of a study's alert.
     pub fn alert(&self, study: &StudyState, change: AlertChange) -> OutboxMessage {
-        let event_id = self.event_id("alert", study.study_id, study.alert_revision);
+        let event_id = self.event_id(Kind::Alert, study.study_id, study.alert_revision);
         let payload = AlertMessage {
-            schema: "scansentry/alert/1",
+            schema: Kind::Alert.schema(),
             event_id,
             alert_id: self.key.pseudonym("alert", &[&study.study_id.0]),
             revision: study.alert_revision,
@@ -517,15 +586,15 @@ impl Reporter {
             statement: Decision::Positive.statement(),
             notice: NOTICE,
         };
-        self.outbox_message("alert", event_id, &payload)
+        self.outbox_message(Kind::Alert, event_id, &payload)
     }
 
     /// The summary of a study that has been quiet.
     pub fn study(&self, study: &StudyState) -> OutboxMessage {
         // A DICOM study may be continued after it was closed; each closing is an event of its own.
-        let event_id = self.event_id("study", study.study_id, study.images);
+        let event_id = self.event_id(Kind::Study, study.study_id, study.images);
         let payload = StudyMessage {
-            schema: "scansentry/study/1",
+            schema: Kind::Study.schema(),
             event_id,
             study_id: study.study_id,
             device: &self.sender.device,
@@ -540,15 +609,15 @@ impl Reporter {
             model: &self.model,
             notice: NOTICE,
         };
-        self.outbox_message("study", event_id, &payload)
+        self.outbox_message(Kind::Study, event_id, &payload)
     }
 
     /// The same whenever the same event is encoded, so that subscribers can drop duplicates.
-    fn event_id(&self, kind: &str, subject: Pseudonym, number: u64) -> Pseudonym {
+    fn event_id(&self, kind: Kind, subject: Pseudonym, number: u64) -> Pseudonym {
         self.key.pseudonym(
             "event",
             &[
-                kind.as_bytes(),
+                kind.suffix().as_bytes(),
                 &subject.0,
                 self.model.sha256.as_bytes(),
                 &number.to_le_bytes(),
@@ -558,7 +627,7 @@ impl Reporter {
 
     fn outbox_message(
         &self,
-        kind: &str,
+        kind: Kind,
         event_id: Pseudonym,
         payload: &impl Serialize,
     ) -> OutboxMessage {

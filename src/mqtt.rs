@@ -184,6 +184,20 @@ fn certificates(key: &str, path: &str) -> Result<Vec<CertificateDer<'static>>, S
     }
 }
 
+/// How a message is sent: retained or not, and its MQTT 5 properties, which MQTT 3.1.1 leaves out. Payloads are always UTF-8 text, and
+/// are marked as such.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Sending {
+    /// Whether the broker keeps the message for those who subscribe later.
+    pub retain: bool,
+    /// Content type, such as `application/json`.
+    pub content_type: Option<&'static str>,
+    /// Seconds that the broker keeps the message for a subscriber that is away; `None` is as long as it likes.
+    pub expiry_s: Option<u32>,
+    /// User properties: names and values.
+    pub user: Vec<(&'static str, &'static str)>,
+}
+
 /// Names one published message within its session.
 pub type Ticket = u64;
 
@@ -307,7 +321,15 @@ impl Session {
                     payload.to_vec(),
                     v5::mqttbytes::QoS::AtLeastOnce,
                     true,
-                    None,
+                    Some(v5::mqttbytes::v5::LastWillProperties {
+                        delay_interval: None,
+                        payload_format_indicator: Some(1),
+                        message_expiry_interval: None,
+                        content_type: Some("text/plain".into()),
+                        response_topic: None,
+                        correlation_data: None,
+                        user_properties: Vec::new(),
+                    }),
                 ));
             }
             let (client, event_loop) = v5::AsyncClient::new(options, requests);
@@ -337,16 +359,14 @@ impl Session {
         self.events.try_recv().ok()
     }
 
-    /// Queues a message with QoS 1; MQTT 5 brokers drop it after `expiry_s` seconds. The caller keeps the number of
-    /// unacknowledged messages at or below `mqtt.inflight`.
+    /// Queues a message with QoS 1. The caller keeps the number of unacknowledged messages at or below `mqtt.inflight`.
     pub async fn publish(
         &mut self,
         topic: &str,
         payload: Vec<u8>,
-        retain: bool,
-        json: bool,
-        expiry_s: Option<u32>,
+        sending: &Sending,
     ) -> Result<Ticket, Gone> {
+        let retain = sending.retain;
         match &self.client {
             Client::V4(client) => {
                 client
@@ -357,8 +377,13 @@ impl Session {
             Client::V5(client) => {
                 let properties = v5::mqttbytes::v5::PublishProperties {
                     payload_format_indicator: Some(1),
-                    content_type: json.then(|| "application/json".into()),
-                    message_expiry_interval: expiry_s,
+                    content_type: sending.content_type.map(str::to_owned),
+                    message_expiry_interval: sending.expiry_s,
+                    user_properties: sending
+                        .user
+                        .iter()
+                        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+                        .collect(),
                     ..Default::default()
                 };
                 client

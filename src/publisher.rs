@@ -20,8 +20,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{Health as HealthConfig, Mqtt};
 use crate::health::{Condition, Conditions, Health};
-use crate::message::{self, Backlog, ConditionMessage, HealthMessage, Reporter, rfc3339};
-use crate::mqtt::{Backoff, Event, Gone, Session, Settings, Ticket};
+use crate::message::{self, Backlog, ConditionMessage, HealthMessage, Kind, Reporter, rfc3339};
+use crate::mqtt::{Backoff, Event, Gone, Sending, Session, Settings, Ticket};
 use crate::store::{Store, StoreError};
 
 /// Payload of the retained status topic while connected.
@@ -83,12 +83,17 @@ impl Publisher {
         let settings = self
             .settings
             .clone()
-            .with_will(self.reporter.sender.topic("status"), OFFLINE);
+            .with_will(self.reporter.sender.topic(Kind::Status), OFFLINE);
         let started = jiff::Timestamp::now();
         let mut backoff = Backoff::new(&self.mqtt);
+        // What waits from an earlier run may have been sent by it.
+        let newest = self.store.call(|ledger| ledger.newest_pending()).await;
+        let mut sent_before = newest.unwrap_or_default();
         loop {
-            let mut connection = Connection::new(&self, &settings, started);
-            match connection.run(&stop, &mut backoff).await {
+            let mut connection = Connection::new(&self, &settings, started, sent_before);
+            let ended = connection.run(&stop, &mut backoff).await;
+            sent_before = connection.sent_now;
+            match ended {
                 Ended::Stop => {
                     connection.farewell().await;
                     return Ok(());
@@ -132,10 +137,19 @@ struct Connection<'a> {
     refused_until: Option<Instant>,
     last_sent: i64,
     more: bool,
+    /// Outbox messages up to this one may have reached the broker before: on an earlier connection, or in an earlier run.
+    sent_before: i64,
+    /// The latest outbox message that was sent on this connection.
+    sent_now: i64,
 }
 
 impl<'a> Connection<'a> {
-    fn new(publisher: &'a Publisher, settings: &Settings, started: jiff::Timestamp) -> Self {
+    fn new(
+        publisher: &'a Publisher,
+        settings: &Settings,
+        started: jiff::Timestamp,
+        sent_before: i64,
+    ) -> Self {
         Self {
             publisher,
             session: Session::open(settings),
@@ -148,6 +162,8 @@ impl<'a> Connection<'a> {
             refused_until: None,
             last_sent: 0,
             more: true,
+            sent_before,
+            sent_now: sent_before,
         }
     }
 
@@ -179,7 +195,7 @@ impl<'a> Connection<'a> {
             broker = self.publisher.settings.broker(),
             "connected to the broker"
         );
-        self.publish_own("status", ONLINE.to_vec(), false).await?;
+        self.publish_own(Kind::Status, ONLINE.to_vec()).await?;
 
         let ack_timeout = Duration::from_secs(self.publisher.mqtt.ack_timeout_s);
         let mut conditions = self.publisher.health.subscribe();
@@ -247,9 +263,12 @@ impl<'a> Connection<'a> {
                 if self.refused.contains(&message.seq) {
                     continue;
                 }
+                let replay = message.seq <= self.sent_before;
+                let sending = self.sending(Kind::of_topic(&message.topic), replay);
                 let ticket = self
-                    .publish(&message.topic, message.payload, false, true)
+                    .publish(&message.topic, message.payload, &sending)
                     .await?;
+                self.sent_now = self.sent_now.max(message.seq);
                 self.in_flight.insert(ticket, (message.seq, Instant::now()));
             }
         }
@@ -342,6 +361,7 @@ impl<'a> Connection<'a> {
             self.refused.clear();
             self.refused_until = None;
             self.last_sent = 0;
+            self.sent_before = self.sent_now;
             self.more = true;
         }
         Ok(())
@@ -352,20 +372,38 @@ impl<'a> Connection<'a> {
         &mut self,
         topic: &str,
         payload: Vec<u8>,
-        retain: bool,
-        json: bool,
+        sending: &Sending,
     ) -> Result<Ticket, Ended> {
         let patience = Duration::from_secs(self.publisher.mqtt.ack_timeout_s);
-        let publishing = self.session.publish(topic, payload, retain, json, None);
+        let publishing = self.session.publish(topic, payload, sending);
         match tokio::time::timeout(patience, publishing).await {
             Ok(published) => Ok(published?),
             Err(_) => Err(Ended::Lost("the connection takes no messages".into())),
         }
     }
 
-    async fn publish_own(&mut self, kind: &str, payload: Vec<u8>, json: bool) -> Result<(), Ended> {
+    /// How a message of a kind is sent. Retained messages say how things are, so they stay until the next one.
+    fn sending(&self, kind: Option<Kind>, replay: bool) -> Sending {
+        let Some(kind) = kind else {
+            return Sending::default();
+        };
+        let mut user = vec![("schema", kind.schema())];
+        if replay {
+            user.push(("replay", "true"));
+        }
+        let expiry_s = self.publisher.mqtt.expiry_s;
+        Sending {
+            retain: kind.retained(),
+            content_type: Some(kind.content_type()),
+            expiry_s: (expiry_s > 0 && !kind.retained()).then_some(expiry_s),
+            user,
+        }
+    }
+
+    async fn publish_own(&mut self, kind: Kind, payload: Vec<u8>) -> Result<(), Ended> {
         let topic = self.publisher.reporter.sender.topic(kind);
-        let ticket = self.publish(&topic, payload, true, json).await?;
+        let sending = self.sending(Some(kind), false);
+        let ticket = self.publish(&topic, payload, &sending).await?;
         self.own.insert(ticket, Instant::now());
         Ok(())
     }
@@ -376,7 +414,7 @@ impl<'a> Connection<'a> {
         };
         let reporter = &self.publisher.reporter;
         let payload = message::encode(&HealthMessage {
-            schema: "scansentry/health/1",
+            schema: Kind::Health.schema(),
             device: &reporter.sender.device,
             site: &reporter.sender.site,
             at: rfc3339(jiff::Timestamp::now()),
@@ -403,7 +441,7 @@ impl<'a> Connection<'a> {
             model: &reporter.model,
             engine: &self.publisher.engine,
         });
-        self.publish_own("health", payload, true).await
+        self.publish_own(Kind::Health, payload).await
     }
 
     /// Leaves the retained "stopped" and closes the connection in order.
@@ -411,7 +449,7 @@ impl<'a> Connection<'a> {
         let stopped = !self.publisher.stay_online.load(Ordering::Relaxed);
         if stopped
             && self
-                .publish_own("status", STOPPED.to_vec(), false)
+                .publish_own(Kind::Status, STOPPED.to_vec())
                 .await
                 .is_ok()
         {

@@ -20,7 +20,7 @@ use crate::history::{ApplianceKey, Body, Received, parse};
 use crate::http::{Refusal, Update};
 use crate::message::{NOTICE, rfc3339};
 use crate::metrics::DashboardMetrics;
-use crate::mqtt::{Backoff, Event, Receipt, Session, Settings, Ticket};
+use crate::mqtt::{Backoff, Event, Receipt, Sending, Session, Settings, Ticket};
 use crate::scan::Pseudonym;
 use crate::store::{Changes, History, HistoryReader, Retention, StoreError};
 
@@ -46,6 +46,7 @@ const ORDER_PATIENCE: Duration = Duration::from_secs(10);
 const GOODBYE: Duration = Duration::from_secs(2);
 /// A retained acknowledgement is dropped by the broker after this, seconds.
 const ACK_EXPIRY_S: u32 = 30 * 86_400;
+const ACK_SCHEMA: &str = "scansentry/ack/1";
 
 pub(super) struct Follow {
     pub(super) config: Arc<Config>,
@@ -268,7 +269,7 @@ impl Follow {
                         }
                         for (appliance, alert) in forgotten {
                             let topic = self.ack_topic(&appliance, alert);
-                            if session.publish(&topic, Vec::new(), true, false, None).await.is_err() {
+                            if session.publish(&topic, Vec::new(), &sending(true)).await.is_err() {
                                 return Ended::Lost("the connection has ended".into());
                             }
                         }
@@ -465,7 +466,7 @@ impl Follow {
             Vec::new()
         } else {
             let ack = json!({
-                "schema": "scansentry/ack/1",
+                "schema": ACK_SCHEMA,
                 "alert_id": order.alert,
                 "device": order.appliance.device,
                 "site": order.appliance.site,
@@ -475,12 +476,27 @@ impl Follow {
             });
             ack.to_string().into_bytes()
         };
-        let json = !order.take_back;
         let ticket = session
-            .publish(&topic, payload, true, json, Some(ACK_EXPIRY_S))
+            .publish(&topic, payload, &sending(order.take_back))
             .await?;
         hands.orders.insert(ticket, (Instant::now(), order.done));
         Ok(())
+    }
+}
+
+/// How an acknowledgement is sent; one that is taken back is an empty message.
+fn sending(empty: bool) -> Sending {
+    if empty {
+        return Sending {
+            retain: true,
+            ..Sending::default()
+        };
+    }
+    Sending {
+        retain: true,
+        content_type: Some("application/json"),
+        expiry_s: Some(ACK_EXPIRY_S),
+        user: vec![("schema", ACK_SCHEMA)],
     }
 }
 

@@ -548,6 +548,12 @@ impl Ledger {
         Ok(rows.collect::<std::result::Result<_, _>>()?)
     }
 
+    /// The position of the newest message that waits; 0 when none does.
+    pub fn newest_pending(&self) -> Result<i64> {
+        let newest = "SELECT coalesce(max(seq), 0) FROM outbox";
+        Ok(self.conn.query_row(newest, [], |row| row.get(0))?)
+    }
+
     /// Takes acknowledged messages out of the outbox.
     pub fn confirm(&mut self, seqs: &[i64]) -> Result<()> {
         let mut gone = 0;
