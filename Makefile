@@ -3,7 +3,7 @@
 CARGO ?= cargo
 SHARED_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test test-long setup setup-ci build lint doc deny model reference fuzz clean
+.PHONY: demo test test-long test-browser screenshots setup setup-browser build lint doc deny model reference fuzz clean
 
 ## The main job in one process: embedded broker, simulated scanner, real model (ARGS="--count 20 --rate 5")
 demo: setup
@@ -16,6 +16,20 @@ test: setup
 ## The long runs: 300 real images, ten kills of the daemon and of the broker (needs ../shared/data)
 test-long: setup
 	$(CARGO) test --release --test it -- --ignored --nocapture --test-threads=1
+
+## The dashboard in a real browser
+test-browser: setup-browser
+	$(CARGO) build
+	cd tests/browser && npm test
+
+## docs/images/, as the README shows them (phantoms only)
+screenshots: setup-browser
+	$(CARGO) build
+	cd tests/browser && npm run screenshots
+
+setup-browser:
+	@scripts/setup.sh --browser
+	@cd tests/browser && npm ci --no-fund --no-audit --loglevel=error
 
 ## Packages and libraries that building and testing need; quick when they are there
 setup:

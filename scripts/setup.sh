@@ -1,7 +1,9 @@
 #!/bin/sh
 # Installs or fetches what building, testing and running the demo need; quick when all of it is there.
 #
-#   scripts/setup.sh [TARGET_TRIPLE...]      the targets to fetch LiteRT for (default: this machine)
+#   scripts/setup.sh [--browser] [TARGET_TRIPLE...]      the targets to fetch LiteRT for (default: this machine)
+#
+# --browser: also a Chromium and, unless there is one, a Node.js for the tests of the dashboard's page.
 #
 # On Debian and its kin, missing packages are installed with apt-get (through sudo when not root). Elsewhere it says
 # what is missing and goes on.
@@ -11,6 +13,14 @@ here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 
 # A C compiler for the bundled SQLite; pip for LiteRT's wheel; the broker and its clients for the tests.
 packages="gcc libc6-dev python3 python3-pip python3-venv mosquitto mosquitto-clients openssl"
+
+if [ "${1:-}" = --browser ]; then
+    shift
+    packages="$packages chromium"
+    # 18 or newer, from wherever; Debian 12 has 18.
+    node -e 'process.exit(Number(process.versions.node.split(".")[0]) < 18)' 2>/dev/null && command -v npm >/dev/null ||
+        packages="$packages nodejs npm"
+fi
 
 say() { echo "setup: $*" >&2; }
 

@@ -38,6 +38,8 @@ const RETRY: Duration = Duration::from_secs(1);
 const TICK: Duration = Duration::from_secs(5);
 /// How often old rows are looked for.
 const PRUNE: Duration = Duration::from_mins(1);
+/// Between two rounds of forgetting when there is more to forget: new messages come first.
+const PRUNE_PAUSE: Duration = Duration::from_millis(100);
 /// Rows forgotten in one transaction.
 const PRUNE_ROWS: usize = 2000;
 /// How long an acknowledgement may take.
@@ -195,6 +197,9 @@ impl Follow {
         let deadline = Instant::now() + patience;
         let mut connected = false;
         loop {
+            if hands.prune_at <= Instant::now() && self.prune(session, hands).await.is_err() {
+                return Ended::Lost("the connection has ended".into());
+            }
             if hands.writing.is_none() && !hands.pending.is_empty() && hands.write_at <= Instant::now() {
                 hands.begin_writing();
             }
@@ -260,20 +265,6 @@ impl Follow {
                     hands.orders.retain(|_, (since, _)| since.elapsed() < ORDER_PATIENCE);
                     self.tick();
                     self.count_appliances().await;
-                    if hands.prune_at <= Instant::now() && let Some(history) = hands.history.take() {
-                        hands.prune_at = Instant::now() + PRUNE;
-                        let (history, forgotten, more) = self.prune(history).await;
-                        hands.history = history;
-                        if more {
-                            hands.prune_at = Instant::now();
-                        }
-                        for (appliance, alert) in forgotten {
-                            let topic = self.ack_topic(&appliance, alert);
-                            if session.publish(&topic, Vec::new(), &sending(true)).await.is_err() {
-                                return Ended::Lost("the connection has ended".into());
-                            }
-                        }
-                    }
                 }
             }
         }
@@ -424,10 +415,12 @@ impl Follow {
         self.metrics.pages.set(self.updates.receiver_count() as u64);
     }
 
-    async fn prune(
-        &self,
-        mut history: Box<History>,
-    ) -> (Option<Box<History>>, Vec<(ApplianceKey, Pseudonym)>, bool) {
+    /// Forgets old rows between two batches, a few at a time, and takes the acknowledgements of forgotten alerts off the broker.
+    async fn prune(&self, session: &mut Session, hands: &mut Hands) -> Result<(), crate::mqtt::Gone> {
+        let Some(mut history) = hands.history.take() else {
+            return Ok(());
+        };
+        hands.prune_at = Instant::now() + PRUNE;
         let dashboard = &self.config.dashboard;
         let keep = Retention {
             before_ms: now_ms() - i64::from(dashboard.retention_days) * 86_400_000,
@@ -438,17 +431,24 @@ impl Follow {
             let pruned = history.prune(keep, PRUNE_ROWS);
             (history, pruned)
         });
-        match pruned.await {
-            Ok((history, Ok((forgotten, more)))) => {
-                self.metrics.rows.set(history.rows());
-                (Some(history), forgotten, more)
+        let Ok((history, pruned)) = pruned.await else {
+            return Err(crate::mqtt::Gone);
+        };
+        self.metrics.rows.set(history.rows());
+        hands.history = Some(history);
+        match pruned {
+            Ok((forgotten, more)) => {
+                if more {
+                    hands.prune_at = Instant::now() + PRUNE_PAUSE;
+                }
+                for (appliance, alert) in forgotten {
+                    let topic = self.ack_topic(&appliance, alert);
+                    session.publish(&topic, Vec::new(), &sending(true)).await?;
+                }
             }
-            Ok((history, Err(error))) => {
-                tracing::debug!("dashboard: old rows are not forgotten: {error}");
-                (Some(history), Vec::new(), false)
-            }
-            Err(_) => (None, Vec::new(), false),
+            Err(error) => tracing::debug!("dashboard: old rows are not forgotten: {error}"),
         }
+        Ok(())
     }
 
     fn ack_topic(&self, appliance: &ApplianceKey, alert: Pseudonym) -> String {

@@ -22,8 +22,10 @@ const COOKIE: &str = "scansentry";
 const LOGIN_S: i64 = 30 * 86_400;
 /// Answer to a wrong token comes after this, one at a time.
 const WRONG_TOKEN_PAUSE: Duration = Duration::from_millis(500);
-/// How long an answer may take; uploads and live events have their own limits.
+/// How long an answer may take. Live events begin within it and then go on.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How long an upload may take.
+const UPLOAD_PATIENCE: Duration = Duration::from_mins(15);
 /// Carries the anti-forgery token of a POST.
 pub(super) const FORGERY_HEADER: &str = "x-scansentry-token";
 
@@ -124,14 +126,14 @@ pub(super) async fn everyone(
     next: Next,
 ) -> Response {
     let mut response = if guard.knows_host(request.headers()) {
-        let unhurried = request.uri().path() == "/api/upload";
-        if unhurried {
-            next.run(request).await
+        let patience = if request.uri().path() == "/api/upload" {
+            UPLOAD_PATIENCE
         } else {
-            match tokio::time::timeout(PATIENCE, next.run(request)).await {
-                Ok(response) => response,
-                Err(_) => Refusal::Away("server: took too long; try again".into()).into_response(),
-            }
+            PATIENCE
+        };
+        match tokio::time::timeout(patience, next.run(request)).await {
+            Ok(response) => response,
+            Err(_) => Refusal::Away("server: took too long; try again".into()).into_response(),
         }
     } else {
         let hint = "host: is not one that this server answers to; use its address or add the name to http.allowed_hosts\n";

@@ -5,6 +5,7 @@
 
 mod broker;
 mod cli;
+mod dashboard;
 mod decode;
 mod dicom;
 mod engine;
