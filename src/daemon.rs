@@ -1,8 +1,8 @@
 //! Build, spawn, supervise, stop in order.
 //!
 //! ```text
-//! start: model (golden images) → state directory → store → workers → intake, watch, studies, web server, publisher
-//! stop:  watch, studies → intake (files in a worker are finished) → workers → publisher (drains the outbox), web server → store
+//! start: model (golden images) → state directory → store → workers → intake, watch, studies, commands, web server, publisher
+//! stop:  watch, studies, commands → intake (files in a worker are finished) → workers → publisher (drains the outbox), web server → store
 //! ```
 //!
 //! Every part runs until it is told to stop. A part that ends by itself is a defect: everything is stopped in order and
@@ -20,16 +20,19 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::classifier::{Bundle, BundleError, Classifier};
+use crate::commands::{self, Commands};
 use crate::config::{Config, Upload};
 use crate::dashboard::{self, Dashboard, Inbox};
 use crate::health::{Condition, Health};
 use crate::http;
+use crate::manifest::CropMethod;
 use crate::message::{Reporter, Sender};
 use crate::metrics::{DashboardMetrics, Metrics};
 use crate::mqtt::Settings;
 use crate::pipeline::Stopwatch;
 use crate::pipeline::intake::Intake;
 use crate::pipeline::worker::{self, Context};
+use crate::preview;
 use crate::publisher::Publisher;
 use crate::store::{Opened, StateDir, Store};
 use crate::{studies, watch};
@@ -197,12 +200,28 @@ pub async fn run(
     let backlog = Arc::new(AtomicU64::new(0));
     let stopping = Arc::new(AtomicBool::new(false));
 
+    let (outlet, previews) = config
+        .preview
+        .enabled
+        .then(|| preview::channel(config.preview.max_bytes))
+        .unzip();
+    if config.preview.enabled && bundle.manifest.preprocess.crop.method == CropMethod::None {
+        tracing::warn!(
+            "no previews: this model takes pictures uncropped, which could show anything"
+        );
+    }
+    let paused = commands::was_paused(&store, config.command.enabled)
+        .await
+        .context("state.dir")?;
+    let (pause, held) = tokio::sync::watch::channel(paused);
+
     let context = Context {
         config: config.clone(),
         store: store.clone(),
         health: health.clone(),
         reporter: reporter.clone(),
         outbox: outbox.clone(),
+        previews: outlet,
         stopping: stopping.clone(),
         metrics: metrics.clone(),
     };
@@ -240,8 +259,20 @@ pub async fn run(
         store.clone(),
         reporter.clone(),
         outbox.clone(),
+        backlog.clone(),
         stop_input.clone(),
     ));
+    let (commands_tx, received) = mpsc::channel(commands::QUEUE);
+    let commands = Commands {
+        store: store.clone(),
+        health: health.clone(),
+        reporter: reporter.clone(),
+        outbox: outbox.clone(),
+        folder: config.watch.folder.clone(),
+        pause,
+        hints: hints_tx.clone(),
+    };
+    let mut commanding = tokio::spawn(commands.run(received, stop_input.clone()));
     let intake = Intake::new(
         config.clone(),
         store.clone(),
@@ -249,6 +280,7 @@ pub async fn run(
         backlog.clone(),
         queues,
         suspects,
+        held,
     );
     let mut taking = tokio::spawn(intake.run(hints, reports, stop_input.clone()));
     let mut serving = tokio::spawn(serve(
@@ -277,6 +309,9 @@ pub async fn run(
         outbox,
         health,
         reporter,
+        previews,
+        commands: config.command.enabled.then_some(commands_tx),
+        home_assistant: config.home_assistant.clone(),
         backlog,
         engine,
         stay_online: control.reload.clone(),
@@ -288,6 +323,7 @@ pub async fn run(
         () = control.stop.cancelled() => None,
         end = &mut watching => Some(describe("watch", end.map(|()| Ok::<_, std::convert::Infallible>(())))),
         end = &mut tending => Some(describe("studies", end.map(|()| Ok::<_, std::convert::Infallible>(())))),
+        end = &mut commanding => Some(describe("commands", end.map(|()| Ok::<_, std::convert::Infallible>(())))),
         end = &mut taking => Some(describe("intake", end)),
         end = &mut publishing => Some(describe("publisher", end)),
         end = &mut serving => Some(describe("web server", end)),
@@ -301,6 +337,7 @@ pub async fn run(
     let finished = finish(taking, FINISH).await;
     finish(watching, FINISH).await;
     finish(tending, FINISH).await;
+    finish(commanding, FINISH).await;
     if finished {
         // The intake has dropped the queues, so the workers have ended or are about to.
         let joined = tokio::task::spawn_blocking(move || {

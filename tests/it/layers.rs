@@ -4,15 +4,17 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Modules by layer, from the bottom. Within the two middle kinds of layer nobody imports a neighbour.
-const PURE: [&str; 10] = [
+const PURE: [&str; 12] = [
     "config",
     "health",
     "history",
+    "home_assistant",
     "imaging",
     "manifest",
     "message",
     "phantom",
     "prediction",
+    "preview",
     "scan",
     "tensor",
 ];
@@ -28,7 +30,13 @@ const EDGES: [&str; 9] = [
     "watch",
 ];
 const CORE: [&str; 1] = ["classifier"];
-const LOOPS: [&str; 4] = ["dashboard", "pipeline", "publisher", "studies"];
+const LOOPS: [&str; 5] = [
+    "commands",
+    "dashboard",
+    "pipeline",
+    "publisher",
+    "studies",
+];
 const TOP: [&str; 2] = ["daemon", "cli"];
 
 /// Crates that only one module may name.
