@@ -38,23 +38,23 @@ try {
   await waitFor("the second study", async () => (await stage.results()).length >= 26 && (await stage.results()).every((row) => row.preview));
   await pause(1500);
 
-  const shoot = async (name, hash, { width = 1280, height = 860, theme = "light", act } = {}) => {
+  const shoot = async (name, hash, { width = 1280, height = 720, theme = "light", type = "png", act } = {}) => {
     const page = await stage.page(hash, { width, height });
     await page.emulateMedia({ colorScheme: theme, reducedMotion: "reduce" });
     await act?.(page);
     await page.waitForLoadState("networkidle").catch(() => {});
     await pause(400);
-    const path = join(OUT, `${name}.png`);
-    await page.screenshot({ path });
+    const path = join(OUT, `${name}.${type}`);
+    await page.screenshot({ path, type, quality: type === "jpeg" ? 85 : undefined });
     const { size } = statSync(path);
-    if (size > MOST_BYTES) throw new Error(`${name}.png has ${size} bytes; at most ${MOST_BYTES}`);
+    if (size > MOST_BYTES) throw new Error(`${path} has ${size} bytes; at most ${MOST_BYTES}`);
     await page.close();
   };
   const heat = (page) => page.getByLabel("Activation map").first().check();
   const row = (await stage.results("&decision=positive"))[0];
   await shoot("live-light", "", { act: heat });
   await shoot("live-dark", "", { theme: "dark", act: heat });
-  await shoot("scan", `#/scan/${row.site}/${row.device}/${row.scan_id}`, { act: heat, height: 800 });
+  await shoot("scan", `#/scan/${row.site}/${row.device}/${row.scan_id}`, { act: heat, height: 760, type: "jpeg" });
   await shoot("study", `#/study/${row.site}/${row.device}/${row.study_id}`, { theme: "dark", height: 900 });
   await shoot("charts", "#/charts?range=1h", { height: 760 });
   await shoot("phone", "", { width: 390, height: 844 });

@@ -12,14 +12,16 @@ function colour(value) {
   return low.map((part, i) => Math.round(part + (high[i] - part) * (place - Math.floor(place))));
 }
 
-// The map as a canvas of its own few cells; the browser smooths it when it is stretched over the picture.
-function heatCanvas(heatmap) {
+// The map as a canvas of its own few cells; the browser smooths it when it is stretched over the picture. The map is scaled to its own
+// highest value, so below the threshold it is drawn fainter, by the probability: else every picture would look alike.
+function heatCanvas({ heatmap, probability: p, threshold = 0.5 }) {
+  const strength = typeof p === "number" && threshold > 0 ? Math.min(1, p / threshold) : 1;
   const canvas = h("canvas", { class: "heat", width: heatmap.columns, height: heatmap.rows, "aria-hidden": "true" });
   const context = canvas.getContext("2d");
   const image = context.createImageData(heatmap.columns, heatmap.rows);
   heatmap.values.flat().forEach((value, i) => {
     const [r, g, b] = colour(value / 255);
-    image.data.set([r, g, b, Math.round(255 * Math.min(0.75, (value / 255) * 0.95))], i * 4);
+    image.data.set([r, g, b, Math.round(255 * strength * Math.min(0.75, (value / 255) * 0.95))], i * 4);
   });
   context.putImageData(image, 0, 0);
   return canvas;
@@ -49,7 +51,7 @@ export function picture(row, { size = 64, heat = false, label = "" } = {}) {
     return frame;
   }
   frame.append(h("img", { src: previewUrl(row), width: size, height: size, alt: label, loading: "lazy", decoding: "async" }));
-  if (heat && row.heatmap) frame.append(heatCanvas(row.heatmap));
+  if (heat && row.heatmap) frame.append(heatCanvas(row));
   return frame;
 }
 

@@ -378,7 +378,7 @@ export function scanView(root, [site, device, id], words) {
       options(frames.map((f) => [String(f.frame ?? 0), `${f.frame} of ${frames.length}`]), String(row.frame ?? 0))));
     const shown = row.preview
       ? [picture(row, { size: 448, heat, label: "The cropped picture as the model saw it" }), row.heatmap ? heatToggle(draw) : h("p", { class: "hint" }, "This model gives no activation map."),
-        heat && row.heatmap && [legend(), h("p", { class: "hint" }, "Where the answer came from, relative to this picture's own highest value. It is no outline of anything.")]]
+        heat && row.heatmap && [legend(), h("p", { class: "hint" }, "Where the answer came from, relative to this picture's own highest value, and fainter the further the probability is below the threshold. It is no outline of anything.")]]
       : h("div", { class: "picture size-448 none" }, h("span", {}, "No preview was published for this picture."), h("span", { class: "hint" }, "Previews are an option of the appliance ([preview] enabled) and are kept for a limited time."));
     fill(root,
       h("div", { class: "bar-line" }, heading(1, "Scan ", shortId(id)), h("span", { class: "spacer" }), choice),
