@@ -558,13 +558,24 @@ impl Config {
             Err(line) => fail(line),
         }
         let name = &self.dashboard.name;
-        if name.len() > 64 || !name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) {
+        if name.len() > 64
+            || !name
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+        {
             fail(format!(
                 "dashboard.name: {name:?} is not a valid name; use up to 64 letters, digits, -, _ and ."
             ));
         }
-        if self.dashboard.folder(&self.state).starts_with(&self.watch.folder) {
-            fail("dashboard.dir: lies inside watch.folder; keep it outside, its files are no images".into());
+        if self
+            .dashboard
+            .folder(&self.state)
+            .starts_with(&self.watch.folder)
+        {
+            fail(
+                "dashboard.dir: lies inside watch.folder; keep it outside, its files are no images"
+                    .into(),
+            );
         }
         self.check_ranges(&mut fail);
         self.quality.check_shares(&mut fail);
@@ -652,14 +663,24 @@ impl Config {
             3650,
         );
         range("dashboard.max_rows", dashboard.max_rows, 1000, 10_000_000);
-        range("dashboard.preview_bytes", dashboard.preview_bytes, 0, 1 << 40);
+        range(
+            "dashboard.preview_bytes",
+            dashboard.preview_bytes,
+            0,
+            1 << 40,
+        );
         range(
             "dashboard.session_s",
             u64::from(dashboard.session_s),
             0,
             u64::from(u32::MAX) - 1,
         );
-        range("dashboard.upload_files", dashboard.upload_files as u64, 1, 1_000_000);
+        range(
+            "dashboard.upload_files",
+            dashboard.upload_files as u64,
+            1,
+            1_000_000,
+        );
     }
 }
 

@@ -386,8 +386,13 @@ async fn serve(
     match (http, counted) {
         (None, _) => stop.cancelled().await,
         (Some(http), Some(metrics)) => {
-            let inbox = uploads(&config, &http)
-                .then(|| Inbox::open(&config, web.probes.reporter.key.clone(), web.probes.store.clone()));
+            let inbox = uploads(&config, &http).then(|| {
+                Inbox::open(
+                    &config,
+                    web.probes.reporter.key.clone(),
+                    web.probes.store.clone(),
+                )
+            });
             let id = format!(
                 "scansentry-dashboard-{}-{}",
                 config.device.site, config.device.id

@@ -380,7 +380,10 @@ fn result(payload: &[u8], now_ms: i64) -> Result<Body, Unusable> {
         "skipped" => Verdict::Skipped,
         _ => return Err(Unusable::Payload),
     };
-    if picture.probability.is_some_and(|p| !(0.0..=1.0).contains(&p)) {
+    if picture
+        .probability
+        .is_some_and(|p| !(0.0..=1.0).contains(&p))
+    {
         return Err(Unusable::Payload);
     }
     Ok(Body::Result(Box::new(ResultSeen {
@@ -397,14 +400,14 @@ fn result(payload: &[u8], now_ms: i64) -> Result<Body, Unusable> {
 
 fn alert_body(payload: &[u8], now_ms: i64) -> Result<Body, Unusable> {
     #[derive(Deserialize)]
-    struct Alert {
+    struct Revision {
         alert_id: Pseudonym,
         study_id: Pseudonym,
         revision: u64,
         state: String,
         at: String,
     }
-    let (alert, payload): (Alert, _) = decode(payload)?;
+    let (alert, payload): (Revision, _) = decode(payload)?;
     Ok(Body::Alert(AlertSeen {
         alert_id: alert.alert_id,
         study_id: alert.study_id,
@@ -555,7 +558,9 @@ pub enum Question {
 }
 
 /// The widths of a chart's time steps, seconds.
-const STEPS: [i64; 9] = [60, 300, 900, 3600, 10_800, 21_600, 86_400, 604_800, 2_592_000];
+const STEPS: [i64; 9] = [
+    60, 300, 900, 3600, 10_800, 21_600, 86_400, 604_800, 2_592_000,
+];
 
 /// The smallest step that needs at most 72 of them, milliseconds.
 pub fn step_ms(from_ms: i64, to_ms: i64) -> i64 {
@@ -595,7 +600,10 @@ mod tests {
         };
         assert_eq!((seen.decision, seen.frame), (Verdict::Negative, None));
         assert_eq!(seen.payload["novel"]["a"], 1);
-        assert_eq!(parsed("status", "online"), Ok(Body::Status(Presence::Online)));
+        assert_eq!(
+            parsed("status", "online"),
+            Ok(Body::Status(Presence::Online))
+        );
         let id: Pseudonym = ID.parse().unwrap();
         assert_eq!(parsed(&format!("ack/{ID}"), ""), Ok(Body::Ack(id, None)));
     }
@@ -605,14 +613,24 @@ mod tests {
         for (kind, payload, why) in [
             ("status", "maybe", Unusable::Payload),
             ("result", "{}", Unusable::Payload),
-            ("result", &result_text(r#","probability":1.5"#), Unusable::Payload),
+            (
+                "result",
+                &result_text(r#","probability":1.5"#),
+                Unusable::Payload,
+            ),
             ("ack/xyz", "", Unusable::Topic),
             ("command", "{}", Unusable::Topic),
             ("preview", r#"{"scan_id":"0"}"#, Unusable::Payload),
         ] {
             assert_eq!(parsed(kind, payload), Err(why), "{kind} {payload}");
         }
-        let odd = parse("scansentry", "scansentry/a b/c/status", b"online", false, NOW);
+        let odd = parse(
+            "scansentry",
+            "scansentry/a b/c/status",
+            b"online",
+            false,
+            NOW,
+        );
         assert_eq!(odd, Err(Unusable::Topic));
         let big = vec![b' '; MAX_PAYLOAD + 1];
         let big = parse("scansentry", "scansentry/a/b/health", &big, false, NOW);

@@ -9,7 +9,7 @@
 //! |---|---|---|
 //! | `/healthz`, `/readyz` | anyone | 200 or 503, JSON without details of images |
 //! | `/metrics` | with the token, where one is set | Prometheus text |
-//! | `/login` | anyone | the form; sets an HttpOnly, SameSite=Strict cookie |
+//! | `/login` | anyone | the form; sets a cookie (`HttpOnly`, `SameSite=Strict`) |
 //! | `/`, `/page/*` | anyone logged in | the embedded page |
 //! | `/api/*` | anyone logged in | JSON; POST with the anti-forgery token that `/api/state` gives |
 //!
@@ -88,9 +88,19 @@ pub trait Page: Send + Sync {
     /// Answers a question with JSON text.
     fn answer(&self, question: Question) -> Answer<String>;
     /// The picture of a scan, PNG.
-    fn picture(&self, appliance: ApplianceKey, scan: Pseudonym, frame: Option<u32>) -> Answer<Vec<u8>>;
+    fn picture(
+        &self,
+        appliance: ApplianceKey,
+        scan: Pseudonym,
+        frame: Option<u32>,
+    ) -> Answer<Vec<u8>>;
     /// Acknowledges an alert, or takes that back; answers when the broker has it.
-    fn acknowledge(&self, appliance: ApplianceKey, alert: Pseudonym, take_back: bool) -> Answer<String>;
+    fn acknowledge(
+        &self,
+        appliance: ApplianceKey,
+        alert: Pseudonym,
+        take_back: bool,
+    ) -> Answer<String>;
     /// Takes a file; `extension` is what its name ended with. Answers with JSON text once it is in the export folder.
     fn upload(&self, extension: Option<String>, parts: mpsc::Receiver<Part>) -> Answer<String>;
     /// Largest file that is taken, bytes; `None` where nothing is.
@@ -132,7 +142,9 @@ impl Settings {
         } else {
             let path = &http.token_file;
             let text = std::fs::read_to_string(path).map_err(|e| {
-                format!("http.token_file: {path} cannot be read ({e}); check the path and its owner")
+                format!(
+                    "http.token_file: {path} cannot be read ({e}); check the path and its owner"
+                )
             })?;
             let token = text.trim().to_owned();
             if token.len() < SHORTEST_TOKEN {
@@ -155,7 +167,9 @@ impl Settings {
                     .map(|token| PseudonymKey::new(sha256(token.as_bytes()))),
                 token,
                 hosts: http.allowed_hosts.clone(),
-                forgery: PseudonymKey::new(secret).pseudonym("forgery", &[]).to_string(),
+                forgery: PseudonymKey::new(secret)
+                    .pseudonym("forgery", &[])
+                    .to_string(),
             }),
         })
     }

@@ -102,7 +102,10 @@ impl Metrics {
     /// Counts the pictures of a scan.
     pub fn count(&self, examined: &Examined) {
         for picture in &examined.pictures {
-            let (found, reason) = (picture.outcome.as_ref().ok(), picture.outcome.as_ref().err());
+            let (found, reason) = (
+                picture.outcome.as_ref().ok(),
+                picture.outcome.as_ref().err(),
+            );
             let detail = match (found, reason) {
                 (Some(found), _) => found.prediction.decision.as_str(),
                 (None, Some(reason)) => reason.code.as_str(),
@@ -144,7 +147,12 @@ impl Metrics {
             Unit::Seconds,
             self.stages.clone(),
         );
-        level(registry, "backlog_files", "Files noticed and not finished", now.files);
+        level(
+            registry,
+            "backlog_files",
+            "Files noticed and not finished",
+            now.files,
+        );
         level(
             registry,
             "backlog_messages",
@@ -161,7 +169,11 @@ impl Metrics {
         for code in now.conditions {
             conditions.get_or_create(&Code { code: Word(code) }).set(1);
         }
-        registry.register("condition", "1 for each degraded state that holds", conditions);
+        registry.register(
+            "condition",
+            "1 for each degraded state that holds",
+            conditions,
+        );
         registry.register(
             "model",
             "The model",
@@ -208,14 +220,26 @@ impl DashboardMetrics {
             "Messages heard by kind and what became of them",
             self.heard.clone(),
         );
-        registry.register("dashboard_history_rows", "Results in the history", self.rows.clone());
+        registry.register(
+            "dashboard_history_rows",
+            "Results in the history",
+            self.rows.clone(),
+        );
         registry.register(
             "dashboard_mqtt_connected",
             "1 with a connection to the broker",
             self.connected.clone(),
         );
-        registry.register("dashboard_pages", "Pages with live events", self.pages.clone());
-        registry.register("dashboard_appliances", "Appliances by state", self.states.clone());
+        registry.register(
+            "dashboard_pages",
+            "Pages with live events",
+            self.pages.clone(),
+        );
+        registry.register(
+            "dashboard_appliances",
+            "Appliances by state",
+            self.states.clone(),
+        );
     }
 }
 
@@ -234,8 +258,18 @@ pub fn text(fill: impl FnOnce(&mut Registry)) -> String {
     fill(ours);
     if let Some(process) = Process::now() {
         let group = registry.sub_registry_with_prefix("process");
-        level(group, "resident_memory_bytes", "Resident memory", process.resident);
-        level(group, "open_fds", "Open file descriptors", process.descriptors);
+        level(
+            group,
+            "resident_memory_bytes",
+            "Resident memory",
+            process.resident,
+        );
+        level(
+            group,
+            "open_fds",
+            "Open file descriptors",
+            process.descriptors,
+        );
         let start = Gauge::<f64, AtomicU64>::default();
         start.set(process.started_s);
         group.register("start_time_seconds", "When the process started", start);
@@ -266,7 +300,9 @@ impl Process {
         let field = |number: usize| fields.get(number - 3)?.parse::<u64>().ok();
         let ticks = rustix::param::clock_ticks_per_second() as f64;
         let machine = std::fs::read_to_string("/proc/stat").ok()?;
-        let boot = machine.lines().find_map(|line| line.strip_prefix("btime "))?;
+        let boot = machine
+            .lines()
+            .find_map(|line| line.strip_prefix("btime "))?;
         Some(Self {
             resident: field(24)? * rustix::param::page_size() as u64,
             descriptors: std::fs::read_dir("/proc/self/fd").ok()?.count() as u64,

@@ -289,7 +289,11 @@ impl Session {
             event_loop.set_network_options(network);
             (
                 Client::V4(client),
-                tokio::spawn(poll_v4(event_loop, events_tx, settings.persistent.is_some())),
+                tokio::spawn(poll_v4(
+                    event_loop,
+                    events_tx,
+                    settings.persistent.is_some(),
+                )),
             )
         } else {
             let mut options =
@@ -335,7 +339,11 @@ impl Session {
             let (client, event_loop) = v5::AsyncClient::new(options, requests);
             (
                 Client::V5(client),
-                tokio::spawn(poll_v5(event_loop, events_tx, settings.persistent.is_some())),
+                tokio::spawn(poll_v5(
+                    event_loop,
+                    events_tx,
+                    settings.persistent.is_some(),
+                )),
             )
         };
         Self {
@@ -573,7 +581,7 @@ impl Backoff {
     }
 
     /// How long to wait now; the next time it is twice as long.
-    pub fn next(&mut self) -> Duration {
+    pub fn wait(&mut self) -> Duration {
         let wait = self.now;
         self.now = (self.now * 2).min(self.max);
         let mut random = [0; 2];
@@ -602,10 +610,10 @@ mod tests {
         };
         let mut backoff = Backoff::new(&mqtt);
         for full in [100, 200, 400, 800, 1000, 1000] {
-            let wait = backoff.next().as_millis();
+            let wait = backoff.wait().as_millis();
             assert!((full / 2..=full).contains(&wait), "{wait} of {full}");
         }
         backoff.reset();
-        assert!(backoff.next().as_millis() <= 100);
+        assert!(backoff.wait().as_millis() <= 100);
     }
 }

@@ -31,8 +31,9 @@ pub(super) fn dashboard(global: &Global) -> Result<(), Failure> {
     rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
     block_on(async {
         let stop = CancellationToken::new();
-        let listen =
-            |kind| signal(kind).map_err(|e| Failure::Runtime(format!("signals: {e}; cannot listen")));
+        let listen = |kind| {
+            signal(kind).map_err(|e| Failure::Runtime(format!("signals: {e}; cannot listen")))
+        };
         let (mut terminate, mut interrupt) = (
             listen(SignalKind::terminate())?,
             listen(SignalKind::interrupt())?,
@@ -60,7 +61,9 @@ pub(super) fn dashboard(global: &Global) -> Result<(), Failure> {
         };
         match ended {
             Ok(()) if stop.is_cancelled() => Ok(()),
-            Ok(()) => Err(Failure::Runtime("dashboard: ended by itself; see the log".into())),
+            Ok(()) => Err(Failure::Runtime(
+                "dashboard: ended by itself; see the log".into(),
+            )),
             Err(line) => Err(Failure::Runtime(line)),
         }
     })
@@ -79,5 +82,9 @@ fn name(config: &Config) -> String {
         .filter(|c| c.is_ascii_alphanumeric() || "-_.".contains(*c))
         .take(64)
         .collect();
-    if name.is_empty() { "dashboard".into() } else { name }
+    if name.is_empty() {
+        "dashboard".into()
+    } else {
+        name
+    }
 }

@@ -36,7 +36,11 @@ impl Probes for Answers {
                 tokio::time::timeout(LEDGER_PATIENCE, answered).await,
                 Ok(Ok(()))
             );
-            let state = if good { "ok" } else { "the ledger does not answer" };
+            let state = if good {
+                "ok"
+            } else {
+                "the ledger does not answer"
+            };
             Ok((good, json!({ "state": state }).to_string()))
         })
     }

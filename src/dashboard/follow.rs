@@ -145,7 +145,7 @@ impl Follow {
                     self.say_broker(false, Some(reason));
                 }
             }
-            let wait = tokio::time::sleep(backoff.next());
+            let wait = tokio::time::sleep(backoff.wait());
             tokio::pin!(wait);
             loop {
                 tokio::select! {
@@ -200,7 +200,10 @@ impl Follow {
             if hands.prune_at <= Instant::now() && self.prune(session, hands).await.is_err() {
                 return Ended::Lost("the connection has ended".into());
             }
-            if hands.writing.is_none() && !hands.pending.is_empty() && hands.write_at <= Instant::now() {
+            if hands.writing.is_none()
+                && !hands.pending.is_empty()
+                && hands.write_at <= Instant::now()
+            {
                 hands.begin_writing();
             }
             if hands.writing.is_none() && hands.pending.is_empty() {
@@ -273,11 +276,17 @@ impl Follow {
     async fn subscribe(&self, session: &mut Session) -> Result<(), crate::mqtt::Gone> {
         let prefix = &self.config.mqtt.topic_prefix;
         for kind in ["status", "health", "result", "alert", "study"] {
-            session.subscribe(&format!("{prefix}/+/+/{kind}"), true).await?;
+            session
+                .subscribe(&format!("{prefix}/+/+/{kind}"), true)
+                .await?;
         }
-        session.subscribe(&format!("{prefix}/+/+/ack/+"), true).await?;
+        session
+            .subscribe(&format!("{prefix}/+/+/ack/+"), true)
+            .await?;
         // A preview that nobody hears is not worth the broker's memory.
-        session.subscribe(&format!("{prefix}/+/+/preview"), false).await
+        session
+            .subscribe(&format!("{prefix}/+/+/preview"), false)
+            .await
     }
 
     fn hear(
@@ -331,7 +340,8 @@ impl Follow {
                     self.tick();
                 }
                 for (kind, new) in &changes.counted {
-                    self.metrics.heard(kind, if *new { "stored" } else { "known" });
+                    self.metrics
+                        .heard(kind, if *new { "stored" } else { "known" });
                 }
                 hands.gather(changes);
                 for receipt in std::mem::take(&mut hands.receipts) {
@@ -343,8 +353,11 @@ impl Follow {
             Err(error) => {
                 if self.broker.borrow().storage.is_none() {
                     tracing::error!("dashboard: the history cannot be written: {error}");
-                    let line = format!("history cannot be written ({error}); the broker keeps new messages");
-                    self.broker.send_modify(|broker| broker.storage = Some(line));
+                    let line = format!(
+                        "history cannot be written ({error}); the broker keeps new messages"
+                    );
+                    self.broker
+                        .send_modify(|broker| broker.storage = Some(line));
                     self.tick();
                 }
                 let newer = std::mem::replace(&mut hands.pending, batch);
@@ -367,7 +380,10 @@ impl Follow {
             return;
         }
         if !changes.results.is_empty() {
-            self.send("results", &json!({ "rows": changes.results, "more": changes.more }));
+            self.send(
+                "results",
+                &json!({ "rows": changes.results, "more": changes.more }),
+            );
         }
         if !changes.previews.is_empty() {
             self.send("previews", &changes.previews.into());
@@ -396,8 +412,7 @@ impl Follow {
 
     async fn count_appliances(&self) {
         let reader = self.reader.clone();
-        let Ok(Ok(appliances)) =
-            tokio::task::spawn_blocking(move || reader.appliances(None)).await
+        let Ok(Ok(appliances)) = tokio::task::spawn_blocking(move || reader.appliances(None)).await
         else {
             return;
         };
@@ -416,7 +431,11 @@ impl Follow {
     }
 
     /// Forgets old rows between two batches, a few at a time, and takes the acknowledgements of forgotten alerts off the broker.
-    async fn prune(&self, session: &mut Session, hands: &mut Hands) -> Result<(), crate::mqtt::Gone> {
+    async fn prune(
+        &self,
+        session: &mut Session,
+        hands: &mut Hands,
+    ) -> Result<(), crate::mqtt::Gone> {
         let Some(mut history) = hands.history.take() else {
             return Ok(());
         };
@@ -501,7 +520,10 @@ fn sending(empty: bool) -> Sending {
 }
 
 fn away() -> Refusal {
-    Refusal::Away("broker: is away, so the other dashboards would not learn of it; try again when it is back".into())
+    Refusal::Away(
+        "broker: is away, so the other dashboards would not learn of it; try again when it is back"
+            .into(),
+    )
 }
 
 impl Hands {

@@ -49,7 +49,11 @@ async fn read<T: Send + 'static>(
 ) -> Result<T, Refusal> {
     tokio::task::spawn_blocking(move || call(&reader))
         .await
-        .unwrap_or_else(|_| Err(Refusal::Away("history: a defect in the program; see the log".into())))
+        .unwrap_or_else(|_| {
+            Err(Refusal::Away(
+                "history: a defect in the program; see the log".into(),
+            ))
+        })
 }
 
 fn answer(reader: &HistoryReader, question: Question) -> Result<Value, Refusal> {
@@ -68,9 +72,7 @@ fn answer(reader: &HistoryReader, question: Question) -> Result<Value, Refusal> 
             let more = alerts.len() == limit;
             json!({ "alerts": alerts, "more": more })
         }
-        Question::Study(appliance, id) => {
-            reader.study(&appliance, id)?.ok_or(Refusal::NotFound)?
-        }
+        Question::Study(appliance, id) => reader.study(&appliance, id)?.ok_or(Refusal::NotFound)?,
         Question::Scan(appliance, id) => match reader.scan(&appliance, id)? {
             frames if frames.is_empty() => return Err(Refusal::NotFound),
             frames => json!({ "frames": frames }),
@@ -144,10 +146,14 @@ impl Page for Answers {
                 take_back,
                 done,
             };
-            let late = || Refusal::Away("broker: did not confirm the acknowledgement in time; try again".into());
-            orders
-                .try_send(order)
-                .map_err(|_| Refusal::Busy("acknowledgement: too many at once; try again".into()))?;
+            let late = || {
+                Refusal::Away(
+                    "broker: did not confirm the acknowledgement in time; try again".into(),
+                )
+            };
+            orders.try_send(order).map_err(|_| {
+                Refusal::Busy("acknowledgement: too many at once; try again".into())
+            })?;
             answer.await.unwrap_or_else(|_| Err(late()))?;
             Ok("{}".into())
         })

@@ -85,7 +85,9 @@ impl Inbox {
         reader: HistoryReader,
     ) -> Result<String, Refusal> {
         let Ok(_place) = self.room.try_acquire() else {
-            return Err(Refusal::Busy("upload: too many files at once; try again".into()));
+            return Err(Refusal::Busy(
+                "upload: too many files at once; try again".into(),
+            ));
         };
         let me = self.clone();
         tokio::task::spawn_blocking(move || me.look_around())
@@ -94,7 +96,10 @@ impl Inbox {
         let mut random = [0; 16];
         getrandom::fill(&mut random).map_err(|_| broken("no random numbers"))?;
         let random = hex(&random);
-        let temporary = Temporary(self.folder.join(format!("{}{random}{}", TEMPORARY.0, TEMPORARY.1)));
+        let temporary = Temporary(
+            self.folder
+                .join(format!("{}{random}{}", TEMPORARY.0, TEMPORARY.1)),
+        );
         let digest = self.receive(&temporary.0, parts).await?;
         let scan_id = self.key.scan_id(&digest);
         let appliance = self.appliance.clone();
@@ -125,7 +130,9 @@ impl Inbox {
     fn look_around(&self) -> Result<(), Refusal> {
         if self.folder.ends_with(FOLDER) {
             match std::fs::create_dir(&self.folder) {
-                Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(unwritable(&e)),
+                Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+                    return Err(unwritable(&e));
+                }
                 _ => {}
             }
         }
@@ -167,7 +174,11 @@ impl Inbox {
                     return Err(Refusal::Bad("file: is empty; choose another".into()));
                 }
                 Some(Part::End) => break,
-                None => return Err(Refusal::Bad("file: did not arrive whole; send it again".into())),
+                None => {
+                    return Err(Refusal::Bad(
+                        "file: did not arrive whole; send it again".into(),
+                    ));
+                }
             }
         }
         file.sync_all().await.map_err(|e| unwritable(&e))?;
@@ -187,11 +198,9 @@ impl Drop for Temporary {
 /// Whether the watcher would leave an unfinished upload alone; the error is one line `key: value; hint`.
 pub fn check(config: &Config) -> Result<(), String> {
     let example = format!("{}0{}", TEMPORARY.0, TEMPORARY.1);
-    let ignored = config
-        .watch
-        .ignore
-        .iter()
-        .any(|pattern| globset::Glob::new(pattern).is_ok_and(|glob| glob.compile_matcher().is_match(&example)));
+    let ignored = config.watch.ignore.iter().any(|pattern| {
+        globset::Glob::new(pattern).is_ok_and(|glob| glob.compile_matcher().is_match(&example))
+    });
     if ignored {
         Ok(())
     } else {

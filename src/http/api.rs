@@ -29,8 +29,16 @@ const PART_PATIENCE: Duration = Duration::from_secs(30);
 
 /// The files of the page: path, kind, text.
 const FILES: [(&str, &str, &str); 10] = [
-    ("/", "text/html; charset=utf-8", include_str!("page/index.html")),
-    ("/page/style.css", "text/css; charset=utf-8", include_str!("page/style.css")),
+    (
+        "/",
+        "text/html; charset=utf-8",
+        include_str!("page/index.html"),
+    ),
+    (
+        "/page/style.css",
+        "text/css; charset=utf-8",
+        include_str!("page/style.css"),
+    ),
     ("/page/app.js", JS, include_str!("page/app.js")),
     ("/page/dom.js", JS, include_str!("page/dom.js")),
     ("/page/live.js", JS, include_str!("page/live.js")),
@@ -38,7 +46,11 @@ const FILES: [(&str, &str, &str); 10] = [
     ("/page/picture.js", JS, include_str!("page/picture.js")),
     ("/page/views.js", JS, include_str!("page/views.js")),
     ("/page/charts.js", JS, include_str!("page/charts.js")),
-    ("/page/icon.svg", "image/svg+xml", include_str!("page/icon.svg")),
+    (
+        "/page/icon.svg",
+        "image/svg+xml",
+        include_str!("page/icon.svg"),
+    ),
 ];
 const JS: &str = "text/javascript; charset=utf-8";
 
@@ -53,7 +65,10 @@ pub(super) fn router(site: Site) -> Router {
     let mut router = Router::new();
     for (path, kind, text) in FILES {
         let file = move || async move {
-            let headers = [(header::CONTENT_TYPE, kind), (header::CACHE_CONTROL, "no-cache")];
+            let headers = [
+                (header::CONTENT_TYPE, kind),
+                (header::CACHE_CONTROL, "no-cache"),
+            ];
             (headers, text)
         };
         router = router.route(path, get(file));
@@ -81,7 +96,10 @@ pub(super) fn json(code: u16, text: String) -> Response {
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         let (code, line) = match self {
-            Self::NotFound => (404, "request: nothing here; it may be older than the history".to_owned()),
+            Self::NotFound => (
+                404,
+                "request: nothing here; it may be older than the history".to_owned(),
+            ),
             Self::Bad(line) => (400, line),
             Self::Forbidden(line) => (403, line.to_owned()),
             Self::TooLarge(line) => (413, line),
@@ -111,7 +129,11 @@ fn number<T: std::str::FromStr>(words: &Words, name: &str) -> Result<Option<T>, 
     let Some(text) = words.get(name).filter(|text| !text.is_empty()) else {
         return Ok(None);
     };
-    let wrong = |_| Refusal::Bad(format!("{name}: is not a number; leave it out or correct it"));
+    let wrong = |_| {
+        Refusal::Bad(format!(
+            "{name}: is not a number; leave it out or correct it"
+        ))
+    };
     text.parse().map(Some).map_err(wrong)
 }
 
@@ -120,14 +142,17 @@ fn moment(words: &Words, name: &str) -> Result<Option<i64>, Refusal> {
         return Ok(None);
     };
     let time: jiff::Timestamp = text.parse().map_err(|_| {
-        Refusal::Bad(format!("{name}: is not a time; write it as 2026-11-23T12:00:00Z"))
+        Refusal::Bad(format!(
+            "{name}: is not a time; write it as 2026-11-23T12:00:00Z"
+        ))
     })?;
     Ok(Some(time.as_millisecond()))
 }
 
 fn appliance(words: &Words) -> Result<Option<ApplianceKey>, Refusal> {
     let text = words.get("appliance").filter(|text| !text.is_empty());
-    text.map(|text| text.parse().map_err(Refusal::Bad)).transpose()
+    text.map(|text| text.parse().map_err(Refusal::Bad))
+        .transpose()
 }
 
 fn limit(words: &Words) -> Result<usize, Refusal> {
@@ -169,7 +194,9 @@ async fn charts(State(site): State<Site>, words: Words) -> Answered {
     };
     let from_ms = moment(&words, "from")?.unwrap_or(to_ms - 86_400_000);
     if from_ms >= to_ms {
-        return Err(Refusal::Bad("from: is not before to; correct one of them".into()));
+        return Err(Refusal::Bad(
+            "from: is not before to; correct one of them".into(),
+        ));
     }
     let appliance = appliance(&words)?;
     ask(
@@ -240,7 +267,9 @@ async fn upload(
     request: Request<Body>,
 ) -> Answered {
     let Some(limit) = site.page.upload_limit() else {
-        return Err(Refusal::Forbidden("upload: is off here; see dashboard.upload"));
+        return Err(Refusal::Forbidden(
+            "upload: is off here; see dashboard.upload",
+        ));
     };
     let too_large = || {
         Refusal::TooLarge(format!(
@@ -266,7 +295,9 @@ async fn upload(
                     return Ok(());
                 }
                 Ok(Some(Err(_))) | Err(_) => {
-                    return Err(Refusal::Bad("file: did not arrive whole; send it again".into()));
+                    return Err(Refusal::Bad(
+                        "file: did not arrive whole; send it again".into(),
+                    ));
                 }
             };
             length += bytes.len() as u64;

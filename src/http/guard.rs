@@ -56,9 +56,10 @@ impl Guard {
         let bare = name.trim_start_matches('[').trim_end_matches(']');
         name.eq_ignore_ascii_case("localhost")
             || bare.parse::<std::net::IpAddr>().is_ok()
-            || self.hosts.iter().any(|known| {
-                known.eq_ignore_ascii_case(name) || known.eq_ignore_ascii_case(host)
-            })
+            || self
+                .hosts
+                .iter()
+                .any(|known| known.eq_ignore_ascii_case(name) || known.eq_ignore_ascii_case(host))
     }
 
     fn logged_in(&self, headers: &HeaderMap) -> bool {
@@ -77,7 +78,7 @@ impl Guard {
     }
 
     /// A POST must come from this page: the browser says from where, and only this page knows the anti-forgery token.
-    fn from_this_page(&self, headers: &HeaderMap) -> bool {
+    fn is_this_pages(&self, headers: &HeaderMap) -> bool {
         same_origin(headers)
             && headers
                 .get(FORGERY_HEADER)
@@ -185,9 +186,10 @@ pub(super) async fn private(
     }
     if request.method() != Method::GET
         && request.method() != Method::HEAD
-        && !guard.from_this_page(request.headers())
+        && !guard.is_this_pages(request.headers())
     {
-        return Refusal::Forbidden("request: does not come from this page; reload it").into_response();
+        return Refusal::Forbidden("request: does not come from this page; reload it")
+            .into_response();
     }
     next.run(request).await
 }
@@ -208,7 +210,12 @@ pub(super) fn login(guard: Arc<Guard>) -> Router {
         } else {
             StatusCode::OK
         };
-        (code, [(header::CONTENT_TYPE, "text/html; charset=utf-8")], html).into_response()
+        (
+            code,
+            [(header::CONTENT_TYPE, "text/html; charset=utf-8")],
+            html,
+        )
+            .into_response()
     };
     let style = || async {
         let kind = [(header::CONTENT_TYPE, "text/css; charset=utf-8")];
@@ -279,7 +286,11 @@ mod tests {
             ("127.0.0.1.evil.example", false),
             ("", false),
         ] {
-            assert_eq!(guard(None).knows_host(&headers(&[("host", host)])), known, "{host}");
+            assert_eq!(
+                guard(None).knows_host(&headers(&[("host", host)])),
+                known,
+                "{host}"
+            );
         }
     }
 
@@ -304,7 +315,7 @@ mod tests {
     fn a_post_needs_origin_and_mark() {
         let guard = guard(None);
         let with = |origin: &str, mark: &str| {
-            guard.from_this_page(&headers(&[
+            guard.is_this_pages(&headers(&[
                 ("host", "localhost:8420"),
                 ("origin", origin),
                 (FORGERY_HEADER, mark),

@@ -168,10 +168,9 @@ impl History {
             other => other?,
         };
         let rows = conn.query_row("SELECT count(*) FROM result", [], |r| r.get(0))?;
-        let preview_bytes =
-            conn.query_row("SELECT total(length(png)) FROM preview", [], |r| {
-                r.get::<_, f64>(0)
-            })? as u64;
+        let preview_bytes = conn.query_row("SELECT total(length(png)) FROM preview", [], |r| {
+            r.get::<_, f64>(0)
+        })? as u64;
         Ok(Self {
             conn,
             rows,
@@ -505,7 +504,8 @@ pub struct HistoryReader(Arc<Mutex<Connection>>);
 const ALERT_COLUMNS: &str = "SELECT p.site, p.device, a.payload, a.closed, a.raised_at, a.at, k.at, k.by FROM alert a
   JOIN appliance p ON p.id = a.appliance LEFT JOIN ack k ON k.appliance = a.appliance AND k.alert_id = a.alert_id";
 
-const RESULT_COLUMNS: &str = "SELECT r.id, p.site, p.device, r.payload, v.id IS NOT NULL, v.heatmap FROM result r
+const RESULT_COLUMNS: &str =
+    "SELECT r.id, p.site, p.device, r.payload, v.id IS NOT NULL, v.heatmap FROM result r
   JOIN appliance p ON p.id = r.appliance
   LEFT JOIN preview v ON v.appliance = r.appliance AND v.scan_id = r.scan_id AND v.frame = r.frame";
 

@@ -51,7 +51,20 @@ fn alert(number: u64, revision: u64, state: &str) -> Value {
 fn publish(port: u16, topic: &str, payload: &str, more: &[&str]) {
     let port = port.to_string();
     let done = Command::new("mosquitto_pub")
-        .args(["-h", "127.0.0.1", "-p", &port, "-V", "5", "-q", "1", "-t", topic, "-m", payload])
+        .args([
+            "-h",
+            "127.0.0.1",
+            "-p",
+            &port,
+            "-V",
+            "5",
+            "-q",
+            "1",
+            "-t",
+            topic,
+            "-m",
+            payload,
+        ])
         .args(more)
         .status()
         .unwrap();
@@ -224,7 +237,12 @@ fn two_dashboards_agree_and_outlive_broker_and_themselves() {
         // A resend is the same event.
         publish(broker.port, &format!("{base}/result"), &payload, &[]);
     }
-    publish(broker.port, &format!("{base}/alert"), &alert(1, 1, "raised").to_string(), &[]);
+    publish(
+        broker.port,
+        &format!("{base}/alert"),
+        &alert(1, 1, "raised").to_string(),
+        &[],
+    );
     publish(broker.port, &format!("{base}/result"), "{not json", &[]);
     for server in [&first, &second] {
         wait_for("three results and an alert", || {
@@ -232,7 +250,10 @@ fn two_dashboards_agree_and_outlive_broker_and_themselves() {
                 && server.open_alert()["revision"] == 1
         });
         assert_eq!(server.metric("scansentry_dashboard_history_rows"), 3.0);
-        assert_eq!(server.get("/api/state")["appliances"][0]["status"], "online");
+        assert_eq!(
+            server.get("/api/state")["appliances"][0]["status"],
+            "online"
+        );
     }
     wait_for("live events", || {
         let heard = live.lock().unwrap();
@@ -243,44 +264,90 @@ fn two_dashboards_agree_and_outlive_broker_and_themselves() {
     let positive = first.get("/api/results?decision=positive");
     assert_eq!(positive["rows"][0]["scan_id"], id(2, 1));
     assert_eq!(positive["rows"][0]["flags"], json!(["low_contrast"]));
-    assert_eq!(first.get("/api/results?appliance=ward/other")["rows"], json!([]));
+    assert_eq!(
+        first.get("/api/results?appliance=ward/other")["rows"],
+        json!([])
+    );
     let scan = first.get(&format!("/api/scan/ward/mri-1/{}", id(2, 1)));
     assert_eq!(scan["frames"][0]["message"]["a_key_of_tomorrow"]["x"], 1);
     let study = first.get(&format!("/api/study/ward/mri-1/{}", id(3, 1)));
     assert_eq!(study["pictures"].as_array().unwrap().len(), 3);
     let charts = first.get("/api/charts");
-    let counted: u64 = charts["steps"].as_array().unwrap().iter().map(|s| s["negative"].as_u64().unwrap()).sum();
+    let counted: u64 = charts["steps"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|s| s["negative"].as_u64().unwrap())
+        .sum();
     assert_eq!(counted, 2);
 
     // A preview: its picture as it came, its activation map with the row.
     let mut png = std::io::Cursor::new(Vec::new());
-    image::GrayImage::from_pixel(4, 4, image::Luma([99])).write_to(&mut png, image::ImageFormat::Png).unwrap();
+    image::GrayImage::from_pixel(4, 4, image::Luma([99]))
+        .write_to(&mut png, image::ImageFormat::Png)
+        .unwrap();
     let png = png.into_inner();
     let preview = json!({
         "schema": "scansentry/preview/1", "event_id": id(6, 1), "scan_id": id(2, 1), "study_id": id(3, 1), "frame": null, "device": "mri-1", "site": "ward",
         "at": now(), "width": 4, "height": 4, "image": {"type": "image/png", "base64": base64::engine::general_purpose::STANDARD.encode(&png)},
         "heatmap": {"rows": 2, "columns": 2, "values": [[0, 255], [10, 20]]}, "decision": "positive", "probability": 0.93, "notice": "n"
     });
-    publish(broker.port, &format!("{base}/preview"), &preview.to_string(), &[]);
+    publish(
+        broker.port,
+        &format!("{base}/preview"),
+        &preview.to_string(),
+        &[],
+    );
     let picture = format!("{}/api/preview/ward/mri-1/{}", first.url, id(2, 1));
-    wait_for("the preview", || agent().get(&picture).call().unwrap().status() == 200);
-    assert_eq!(agent().get(&picture).call().unwrap().body_mut().read_to_vec().unwrap(), png);
+    wait_for("the preview", || {
+        agent().get(&picture).call().unwrap().status() == 200
+    });
+    assert_eq!(
+        agent()
+            .get(&picture)
+            .call()
+            .unwrap()
+            .body_mut()
+            .read_to_vec()
+            .unwrap(),
+        png
+    );
     let row = &first.get("/api/results?decision=positive")["rows"][0];
-    assert_eq!((&row["preview"], &row["heatmap"]["values"][0][1]), (&json!(true), &json!(255)));
+    assert_eq!(
+        (&row["preview"], &row["heatmap"]["values"][0][1]),
+        (&json!(true), &json!(255))
+    );
 
     // Acknowledged at one, seen at both, as the schema has it; taken back at the other, gone at both.
     assert_eq!(first.acknowledge(1, false).0, 200);
     let topic = format!("{base}/ack/{}", id(5, 1));
     let kept = Command::new("mosquitto_sub")
-        .args(["-h", "127.0.0.1", "-p", &broker.port.to_string(), "-V", "5", "-t", &topic, "-C", "1", "-W", "30"])
+        .args([
+            "-h",
+            "127.0.0.1",
+            "-p",
+            &broker.port.to_string(),
+            "-V",
+            "5",
+            "-t",
+            &topic,
+            "-C",
+            "1",
+            "-W",
+            "30",
+        ])
         .output()
         .unwrap();
     check_payload("ack", &serde_json::from_slice(&kept.stdout).unwrap());
     for server in [&first, &second] {
-        wait_for("the acknowledgement", || server.open_alert()["acknowledged_by"] == "ward-desk");
+        wait_for("the acknowledgement", || {
+            server.open_alert()["acknowledged_by"] == "ward-desk"
+        });
     }
     assert_eq!(second.acknowledge(1, true).0, 200);
-    wait_for("its end", || first.open_alert()["acknowledged_by"] == Value::Null);
+    wait_for("its end", || {
+        first.open_alert()["acknowledged_by"] == Value::Null
+    });
     assert_eq!(first.acknowledge(9, false).0, 404);
 
     // The broker dies: said so, and not acknowledged in secret. It comes back: on it goes.
@@ -289,12 +356,23 @@ fn two_dashboards_agree_and_outlive_broker_and_themselves() {
         first.get("/api/state")["broker"]["connected"] == false
     });
     let (status, line) = first.acknowledge(1, false);
-    assert_eq!((status, line.contains("broker: is away")), (503, true), "{line}");
+    assert_eq!(
+        (status, line.contains("broker: is away")),
+        (503, true),
+        "{line}"
+    );
     broker.restart();
     for server in [&first, &second] {
-        wait_for("the reconnection", || server.get("/api/state")["broker"]["connected"] == true);
+        wait_for("the reconnection", || {
+            server.get("/api/state")["broker"]["connected"] == true
+        });
     }
-    publish(broker.port, &format!("{base}/result"), &result(7, "negative", 1).to_string(), &[]);
+    publish(
+        broker.port,
+        &format!("{base}/result"),
+        &result(7, "negative", 1).to_string(),
+        &[],
+    );
     wait_for("a result after the restart", || {
         first.get("/api/results")["rows"].as_array().unwrap().len() == 4
     });
@@ -302,7 +380,12 @@ fn two_dashboards_agree_and_outlive_broker_and_themselves() {
     // A dashboard is killed: the broker keeps what it misses.
     second.process = None;
     for number in 20..60 {
-        publish(broker.port, &format!("{base}/result"), &result(number, "negative", 2).to_string(), &[]);
+        publish(
+            broker.port,
+            &format!("{base}/result"),
+            &result(number, "negative", 2).to_string(),
+            &[],
+        );
     }
     second.again();
     wait_for("what was missed", || {
@@ -310,7 +393,12 @@ fn two_dashboards_agree_and_outlive_broker_and_themselves() {
     });
     // Closed and acknowledged alerts move to the history.
     assert_eq!(second.acknowledge(1, false).0, 200);
-    publish(broker.port, &format!("{base}/alert"), &alert(1, 2, "closed").to_string(), &[]);
+    publish(
+        broker.port,
+        &format!("{base}/alert"),
+        &alert(1, 2, "closed").to_string(),
+        &[],
+    );
     for server in [&first, &second] {
         wait_for("the alert in the history", || {
             server.open_alert() == Value::Null
@@ -323,14 +411,30 @@ fn two_dashboards_agree_and_outlive_broker_and_themselves() {
 fn twenty_thousand_messages_at_once_arrive() {
     const COUNT: u64 = 20_000;
     // Without the test broker's habit of saving all its messages at each change.
-    let broker = Mosquitto::start_with("allow_anonymous true\nautosave_on_changes false\nautosave_interval 1800\n", |_| {});
+    let broker = Mosquitto::start_with(
+        "allow_anonymous true\nautosave_on_changes false\nautosave_interval 1800\n",
+        |_| {},
+    );
     let server = Server::start(&broker.url(), "load", "");
     // A page that never reads must not stop anything.
     let mut idle = std::net::TcpStream::connect(server.url.trim_start_matches("http://")).unwrap();
-    idle.write_all(b"GET /api/events HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
+    idle.write_all(b"GET /api/events HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        .unwrap();
     let start = Instant::now();
     let mut publisher = Command::new("mosquitto_pub")
-        .args(["-h", "127.0.0.1", "-p", &broker.port.to_string(), "-V", "5", "-q", "1", "-t", "scansentry/ward/mri-1/result", "-l"])
+        .args([
+            "-h",
+            "127.0.0.1",
+            "-p",
+            &broker.port.to_string(),
+            "-V",
+            "5",
+            "-q",
+            "1",
+            "-t",
+            "scansentry/ward/mri-1/result",
+            "-l",
+        ])
         .stdin(Stdio::piped())
         .spawn()
         .unwrap();
@@ -338,15 +442,26 @@ fn twenty_thousand_messages_at_once_arrive() {
     for number in 0..COUNT {
         writeln!(lines, "{}", result(number, "negative", number / 50)).unwrap();
     }
-    publisher.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    publisher
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(lines.as_bytes())
+        .unwrap();
     assert!(publisher.wait().unwrap().success());
     wait_for("all messages", || {
         server.metric("scansentry_dashboard_history_rows") as u64 == COUNT
     });
     let seconds = start.elapsed().as_secs_f64();
-    println!("{COUNT} results in {seconds:.1} s: {:.0} a minute", COUNT as f64 * 60.0 / seconds);
+    println!(
+        "{COUNT} results in {seconds:.1} s: {:.0} a minute",
+        COUNT as f64 * 60.0 / seconds
+    );
     assert!(COUNT as f64 * 60.0 / seconds > 1000.0);
-    assert_eq!(server.get("/api/results?limit=1")["rows"][0]["decision"], "negative");
+    assert_eq!(
+        server.get("/api/results?limit=1")["rows"][0]["decision"],
+        "negative"
+    );
     let resident = server.metric("process_resident_memory_bytes");
     assert!(resident < 200e6, "{resident} bytes resident");
     drop(idle);
@@ -367,7 +482,15 @@ fn strangers_are_refused() {
     let server = {
         // `start` asks without a token, so the connection is not waited for here.
         let dir = folder.path().join("config.toml");
-        std::fs::write(&dir, format!("[mqtt]\nurl = '{}'\n[dashboard]\nname = 'x'\ndir = '{}'\n{http}\n", broker.url(), folder.path().join("h").display())).unwrap();
+        std::fs::write(
+            &dir,
+            format!(
+                "[mqtt]\nurl = '{}'\n[dashboard]\nname = 'x'\ndir = '{}'\n{http}\n",
+                broker.url(),
+                folder.path().join("h").display()
+            ),
+        )
+        .unwrap();
         let mut process = Process::spawn(
             Command::new(env!("CARGO_BIN_EXE_scansentry"))
                 .args(["dashboard", "--config"])
@@ -376,7 +499,9 @@ fn strangers_are_refused() {
                 .stderr(Stdio::null()),
         );
         let mut line = String::new();
-        BufReader::new(process.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        BufReader::new(process.0.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
         (line.trim().trim_end_matches('/').to_owned(), process)
     };
     let url = &server.0;
@@ -385,32 +510,72 @@ fn strangers_are_refused() {
     assert_eq!(get(url, "/page/app.js", &[]).0, 401);
     assert_eq!(get(url, "/", &[]).0, 303);
     assert_eq!(get(url, "/healthz", &[]).0, 200);
-    assert!(get(url, "/login", &[]).1.contains("Research use only, not for diagnosis"));
+    assert!(
+        get(url, "/login", &[])
+            .1
+            .contains("Research use only, not for diagnosis")
+    );
 
     let bearer = format!("Bearer {token}");
     assert_eq!(get(url, "/metrics", &[("authorization", &bearer)]).0, 200);
-    assert_eq!(get(url, "/metrics", &[("authorization", "Bearer wrong")]).0, 401);
+    assert_eq!(
+        get(url, "/metrics", &[("authorization", "Bearer wrong")]).0,
+        401
+    );
 
-    let form = [("content-type", "application/x-www-form-urlencoded"), ("origin", url.as_str())];
+    let form = [
+        ("content-type", "application/x-www-form-urlencoded"),
+        ("origin", url.as_str()),
+    ];
     assert_eq!(post(url, "/login", &form, b"token=wrong").0, 401);
     let foreign = [form[0], ("origin", "http://evil.example")];
-    assert_eq!(post(url, "/login", &foreign, format!("token={token}").as_bytes()).0, 403);
+    assert_eq!(
+        post(url, "/login", &foreign, format!("token={token}").as_bytes()).0,
+        403
+    );
     let response = agent()
         .post(format!("{url}/login"))
         .header("content-type", form[0].1)
         .send(format!("token={token}").as_bytes())
         .unwrap();
-    let cookie = response.headers()["set-cookie"].to_str().unwrap().to_owned();
-    assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict") && !cookie.contains(token), "{cookie}");
+    let cookie = response.headers()["set-cookie"]
+        .to_str()
+        .unwrap()
+        .to_owned();
+    assert!(
+        cookie.contains("HttpOnly")
+            && cookie.contains("SameSite=Strict")
+            && !cookie.contains(token),
+        "{cookie}"
+    );
     let cookie = cookie.split(';').next().unwrap();
     let (status, text) = get(url, "/api/state", &[("cookie", cookie)]);
     assert_eq!(status, 200);
-    let mark = serde_json::from_str::<Value>(&text).unwrap()["token"].as_str().unwrap().to_owned();
+    let mark = serde_json::from_str::<Value>(&text).unwrap()["token"]
+        .as_str()
+        .unwrap()
+        .to_owned();
 
     // DNS rebinding: a name that is not ours, pointed at our address.
-    assert_eq!(get(url, "/api/state", &[("cookie", cookie), ("host", "evil.example")]).0, 421);
+    assert_eq!(
+        get(
+            url,
+            "/api/state",
+            &[("cookie", cookie), ("host", "evil.example")]
+        )
+        .0,
+        421
+    );
     assert_eq!(get(url, "/healthz", &[("host", "evil.example")]).0, 421);
-    assert_eq!(get(url, "/api/state", &[("cookie", cookie), ("host", "dashboard.example")]).0, 200);
+    assert_eq!(
+        get(
+            url,
+            "/api/state",
+            &[("cookie", cookie), ("host", "dashboard.example")]
+        )
+        .0,
+        200
+    );
 
     // Forgery: another origin, or no token, or a wrong one.
     let body = json!({"site": "ward", "device": "mri-1", "alert_id": id(5, 1)}).to_string();
@@ -422,19 +587,48 @@ fn strangers_are_refused() {
         (url, "0123", 403),
         (url, &mark, 404),
     ] {
-        let headers = [("cookie", cookie), ("origin", origin), ("x-scansentry-token", given), json_kind];
-        assert_eq!(post(url, "/api/ack", &headers, body.as_bytes()).0, status, "{origin} {given}");
+        let headers = [
+            ("cookie", cookie),
+            ("origin", origin),
+            ("x-scansentry-token", given),
+            json_kind,
+        ];
+        assert_eq!(
+            post(url, "/api/ack", &headers, body.as_bytes()).0,
+            status,
+            "{origin} {given}"
+        );
     }
-    let headers = [("cookie", cookie), ("origin", url.as_str()), ("x-scansentry-token", &mark), json_kind];
-    assert_eq!(post(url, "/api/upload", &headers, b"x").0, 403, "no uploads to a dashboard of a fleet");
+    let headers = [
+        ("cookie", cookie),
+        ("origin", url.as_str()),
+        ("x-scansentry-token", &mark),
+        json_kind,
+    ];
+    assert_eq!(
+        post(url, "/api/upload", &headers, b"x").0,
+        403,
+        "no uploads to a dashboard of a fleet"
+    );
     let much = vec![b' '; 10_000];
     assert_eq!(post(url, "/api/ack", &headers, &much).0, 413);
 
     let response = agent().get(format!("{url}/login")).call().unwrap();
-    let policy = response.headers()["content-security-policy"].to_str().unwrap();
-    assert!(policy.contains("default-src 'none'") && !policy.contains("unsafe"), "{policy}");
-    for (path, text) in [("/login", get(url, "/login", &[]).1), ("/", get(url, "/", &[("cookie", cookie)]).1)] {
-        assert!(!text.contains("style=") && !text.contains("<style") && !text.contains("<script>"), "{path} has inline code");
+    let policy = response.headers()["content-security-policy"]
+        .to_str()
+        .unwrap();
+    assert!(
+        policy.contains("default-src 'none'") && !policy.contains("unsafe"),
+        "{policy}"
+    );
+    for (path, text) in [
+        ("/login", get(url, "/login", &[]).1),
+        ("/", get(url, "/", &[("cookie", cookie)]).1),
+    ] {
+        assert!(
+            !text.contains("style=") && !text.contains("<style") && !text.contains("<script>"),
+            "{path} has inline code"
+        );
     }
 }
 
@@ -443,7 +637,11 @@ fn a_dashboard_that_others_can_reach_needs_a_token() {
     let folder = tempfile::tempdir().unwrap();
     let run = |listen: &str, token: &str| {
         std::fs::write(folder.path().join("token"), token).unwrap();
-        let token_file = if token.is_empty() { String::new() } else { folder.path().join("token").display().to_string() };
+        let token_file = if token.is_empty() {
+            String::new()
+        } else {
+            folder.path().join("token").display().to_string()
+        };
         let output = Command::new(env!("CARGO_BIN_EXE_scansentry"))
             .arg("dashboard")
             .env("SCANSENTRY_CONFIG", "/etc/scansentry/config.toml")
@@ -452,11 +650,17 @@ fn a_dashboard_that_others_can_reach_needs_a_token() {
             .env("SCANSENTRY__STATE__DIR", folder.path())
             .output()
             .unwrap();
-        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+        (
+            output.status.code(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
     };
     let (code, line) = run("0.0.0.0:0", "");
     assert_eq!(code, Some(78));
-    assert!(line.starts_with("http.token_file: is not set, but"), "{line}");
+    assert!(
+        line.starts_with("http.token_file: is not set, but"),
+        "{line}"
+    );
     let (code, line) = run("0.0.0.0:0", "short");
     assert_eq!(code, Some(78));
     assert!(line.contains("shorter than 16 characters"), "{line}");
@@ -469,7 +673,13 @@ fn daemon_url(appliance: &Appliance) -> String {
     let find = || {
         let log = appliance.log();
         let start = log.rfind("url=\"http://")? + 5;
-        Some(log[start..].split('"').next()?.trim_end_matches('/').to_owned())
+        Some(
+            log[start..]
+                .split('"')
+                .next()?
+                .trim_end_matches('/')
+                .to_owned(),
+        )
     };
     wait_for("the web server", || find().is_some());
     find().unwrap()
@@ -487,39 +697,67 @@ fn an_uploaded_image_takes_the_normal_way_and_its_name_stays_out() {
     let state: Value = serde_json::from_str(&get(&url, "/api/state", &[]).1).unwrap();
     assert_eq!(state["upload"]["bytes"], 200_000);
     let mark = state["token"].as_str().unwrap();
-    let headers = [("origin", url.as_str()), ("x-scansentry-token", mark), ("content-type", "application/octet-stream")];
+    let headers = [
+        ("origin", url.as_str()),
+        ("x-scansentry-token", mark),
+        ("content-type", "application/octet-stream"),
+    ];
     let send = |bytes: &[u8], extension: &str| {
-        let (status, text) = post(&url, &format!("/api/upload?extension={extension}"), &headers, bytes);
+        let (status, text) = post(
+            &url,
+            &format!("/api/upload?extension={extension}"),
+            &headers,
+            bytes,
+        );
         (status, serde_json::from_str::<Value>(&text).unwrap())
     };
     let slices = slices(4);
     let (status, answer) = send(&slices[1], "png");
     assert_eq!((status, &answer["known"]), (200, &json!(false)), "{answer}");
-    let scan = format!("/api/scan/{}/{}/{}", answer["site"].as_str().unwrap(), answer["device"].as_str().unwrap(), answer["scan_id"].as_str().unwrap());
+    let scan = format!(
+        "/api/scan/{}/{}/{}",
+        answer["site"].as_str().unwrap(),
+        answer["device"].as_str().unwrap(),
+        answer["scan_id"].as_str().unwrap()
+    );
     wait_for("the result", || get(&url, &scan, &[]).0 == 200);
     let frame: Value = serde_json::from_str(&get(&url, &scan, &[]).1).unwrap();
     assert_eq!(frame["frames"][0]["outcome"], "classified");
 
     // The same bytes are the same scan: nothing new is written.
     let (status, answer) = send(&slices[1], "png");
-    assert_eq!((status, &answer["known"], &answer["shown"]), (200, &json!(true), &json!(true)));
+    assert_eq!(
+        (status, &answer["known"], &answer["shown"]),
+        (200, &json!(true), &json!(true))
+    );
     // An ending that is not known, and one that would lead elsewhere, are left out; the content decides.
     assert_eq!(send(&slices[0], "..%2F..%2Fx").0, 200);
-    let names: Vec<_> = files_in(&appliance.export().join("uploads")).unwrap().into_iter().map(|(name, _)| name).collect();
+    let names: Vec<_> = files_in(&appliance.export().join("uploads"))
+        .unwrap()
+        .into_iter()
+        .map(|(name, _)| name)
+        .collect();
     assert_eq!(names.len(), 2, "{names:?}");
     for name in &names {
         let rest = name.strip_prefix("upload-").unwrap();
         let (random, ending) = rest.split_at(32);
-        assert!(random.bytes().all(|b| b.is_ascii_hexdigit()) && ["", ".png"].contains(&ending), "{name}");
+        assert!(
+            random.bytes().all(|b| b.is_ascii_hexdigit()) && ["", ".png"].contains(&ending),
+            "{name}"
+        );
     }
     // Refusals: empty, too large, too many, half a file.
     assert_eq!(send(b"", "png").0, 400);
     assert_eq!(send(&vec![0; 200_001], "png").0, 413);
     let mut half = std::net::TcpStream::connect(url.trim_start_matches("http://")).unwrap();
     write!(half, "POST /api/upload HTTP/1.1\r\nhost: localhost\r\nx-scansentry-token: {mark}\r\ncontent-length: 1000\r\n\r\nhalf").unwrap();
-    wait_for("the half file", || files_in(&appliance.export().join("uploads")).unwrap().len() == 3);
+    wait_for("the half file", || {
+        files_in(&appliance.export().join("uploads")).unwrap().len() == 3
+    });
     drop(half);
-    wait_for("the half file to go", || files_in(&appliance.export().join("uploads")).unwrap().len() == 2);
+    wait_for("the half file to go", || {
+        files_in(&appliance.export().join("uploads")).unwrap().len() == 2
+    });
     assert_eq!(send(&slices[2], "jpg").0, 200);
     let (status, answer) = send(&slices[3], "jpg");
     assert_eq!(status, 507, "{answer}");
@@ -532,7 +770,10 @@ fn an_uploaded_image_takes_the_normal_way_and_its_name_stays_out() {
 #[test]
 fn supervisors_get_health_and_numbers_without_the_page() {
     let mut broker = Mosquitto::start();
-    let mut appliance = Appliance::with(&broker.url(), "[http]\nenabled = true\nlisten = '127.0.0.1:0'");
+    let mut appliance = Appliance::with(
+        &broker.url(),
+        "[http]\nenabled = true\nlisten = '127.0.0.1:0'",
+    );
     appliance.start();
     let url = daemon_url(&appliance);
     for (number, slice) in slices(4).iter().enumerate() {
@@ -540,13 +781,23 @@ fn supervisors_get_health_and_numbers_without_the_page() {
     }
     appliance.rename_in("secret-letter.txt", b"Dear colleague");
     let metrics = || get(&url, "/metrics", &[]).1;
-    wait_for("five outcomes", || sum(&metrics(), "scansentry_pictures_total") as u64 == 5);
-    wait_for("delivery", || sum(&metrics(), "scansentry_backlog_messages") == 0.0);
+    wait_for("five outcomes", || {
+        sum(&metrics(), "scansentry_pictures_total") as u64 == 5
+    });
+    wait_for("delivery", || {
+        sum(&metrics(), "scansentry_backlog_messages") == 0.0
+    });
     let text = metrics();
-    assert!(text.contains("scansentry_pictures_total{outcome=\"rejected\",reason=\"not_an_image\"} 1"), "{text}");
+    assert!(
+        text.contains("scansentry_pictures_total{outcome=\"rejected\",reason=\"not_an_image\"} 1"),
+        "{text}"
+    );
     assert_eq!(sum(&text, "scansentry_stage_seconds_count") as u64, 4 * 5);
     assert_eq!(sum(&text, "scansentry_mqtt_connected"), 1.0);
-    assert!(text.contains("scansentry_model_info{name=\"braintumor\""), "{text}");
+    assert!(
+        text.contains("scansentry_model_info{name=\"braintumor\""),
+        "{text}"
+    );
     assert!(sum(&text, "process_resident_memory_bytes") > 1e6);
     assert!(!text.contains("secret"), "{text}");
     assert_eq!(get(&url, "/healthz", &[]).0, 200);
@@ -554,7 +805,9 @@ fn supervisors_get_health_and_numbers_without_the_page() {
     assert_eq!(get(&url, "/api/state", &[]).0, 404);
     // A broker that is away is said, and no reason to be taken out of service.
     broker.kill();
-    wait_for("the loss", || get(&url, "/readyz", &[]).1.contains("\"mqtt\":\"away\""));
+    wait_for("the loss", || {
+        get(&url, "/readyz", &[]).1.contains("\"mqtt\":\"away\"")
+    });
     let (status, text) = get(&url, "/readyz", &[]);
     assert_eq!(status, 200, "{text}");
     assert!(text.contains("broker_away"), "{text}");
@@ -565,20 +818,36 @@ fn supervisors_get_health_and_numbers_without_the_page() {
 #[test]
 fn every_metric_that_the_grafana_dashboard_names_is_exported() {
     let broker = Mosquitto::start();
-    let mut appliance = Appliance::with(&broker.url(), "[dashboard]\nenabled = true\n[http]\nlisten = '127.0.0.1:0'");
+    let mut appliance = Appliance::with(
+        &broker.url(),
+        "[dashboard]\nenabled = true\n[http]\nlisten = '127.0.0.1:0'",
+    );
     appliance.start();
     let url = daemon_url(&appliance);
     // Something of each kind, so that each metric has a value.
     appliance.rename_in("slice.png", &slices(1)[0]);
-    wait_for("a result", || sum(&get(&url, "/metrics", &[]).1, "scansentry_pictures_total") > 0.0);
-    std::fs::rename(appliance.export(), appliance.folder.path().join("elsewhere")).unwrap();
-    wait_for("a condition", || sum(&get(&url, "/metrics", &[]).1, "scansentry_condition") > 0.0);
+    wait_for("a result", || {
+        sum(&get(&url, "/metrics", &[]).1, "scansentry_pictures_total") > 0.0
+    });
+    std::fs::rename(
+        appliance.export(),
+        appliance.folder.path().join("elsewhere"),
+    )
+    .unwrap();
+    wait_for("a condition", || {
+        sum(&get(&url, "/metrics", &[]).1, "scansentry_condition") > 0.0
+    });
     let exported = || -> HashSet<String> {
         let text = get(&url, "/metrics", &[]).1;
         let names = text.lines().filter(|l| !l.starts_with('#'));
-        names.filter_map(|l| l.split(['{', ' ']).next()).map(str::to_owned).collect()
+        names
+            .filter_map(|l| l.split(['{', ' ']).next())
+            .map(str::to_owned)
+            .collect()
     };
-    wait_for("the dashboard's numbers", || exported().contains("scansentry_dashboard_appliances"));
+    wait_for("the dashboard's numbers", || {
+        exported().contains("scansentry_dashboard_appliances")
+    });
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/grafana/scansentry.json");
     let board: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     let mut expressions = Vec::new();
@@ -589,12 +858,20 @@ fn every_metric_that_the_grafana_dashboard_names_is_exported() {
     }
     assert!(expressions.len() >= 10);
     let text = get(&url, "/metrics", &[]).1;
-    let described: HashSet<&str> = text.lines().filter_map(|l| l.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+    let described: HashSet<&str> = text
+        .lines()
+        .filter_map(|l| l.strip_prefix("# TYPE ")?.split(' ').next())
+        .collect();
     for expression in expressions {
         let words = expression.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
         for name in words.filter(|w| w.starts_with("scansentry_") || w.starts_with("process_")) {
-            let bare = ["_total", "_bucket", "_count", "_sum", "_info"].iter().find_map(|end| name.strip_suffix(end));
-            assert!(described.contains(name) || bare.is_some_and(|bare| described.contains(bare)), "{name} in {expression} is not exported");
+            let bare = ["_total", "_bucket", "_count", "_sum", "_info"]
+                .iter()
+                .find_map(|end| name.strip_suffix(end));
+            assert!(
+                described.contains(name) || bare.is_some_and(|bare| described.contains(bare)),
+                "{name} in {expression} is not exported"
+            );
         }
     }
 }
@@ -602,48 +879,105 @@ fn every_metric_that_the_grafana_dashboard_names_is_exported() {
 fn received(number: u64, at_ms: i64, event: u64, decision: &str) -> Received {
     let mut payload = result(number, decision, 1);
     payload["event_id"] = id(1, event).into();
-    payload["processed_at"] = jiff::Timestamp::from_millisecond(at_ms).unwrap().to_string().into();
-    parse("scansentry", "scansentry/ward/mri-1/result", payload.to_string().as_bytes(), false, at_ms).unwrap()
+    payload["processed_at"] = jiff::Timestamp::from_millisecond(at_ms)
+        .unwrap()
+        .to_string()
+        .into();
+    parse(
+        "scansentry",
+        "scansentry/ward/mri-1/result",
+        payload.to_string().as_bytes(),
+        false,
+        at_ms,
+    )
+    .unwrap()
 }
 
 #[test]
 fn the_history_drops_duplicates_shows_the_newest_and_forgets_within_bounds() {
     let folder = tempfile::tempdir().unwrap();
     let mut history = History::open(folder.path()).unwrap();
-    assert!(History::open(folder.path()).is_err(), "one process at a time");
+    assert!(
+        History::open(folder.path()).is_err(),
+        "one process at a time"
+    );
     let reader = HistoryReader::open(folder.path()).unwrap();
-    let filter = Filter { limit: 10_000, ..Filter::default() };
+    let filter = Filter {
+        limit: 10_000,
+        ..Filter::default()
+    };
     const HOUR: i64 = 3_600_000;
 
     // Reprocessed: another event of the same scan; the newest counts, even if the older one comes late.
-    let batch = [received(1, 2 * HOUR, 11, "negative"), received(1, 3 * HOUR, 12, "positive"), received(1, HOUR, 10, "negative"), received(1, 3 * HOUR, 12, "positive")];
+    let batch = [
+        received(1, 2 * HOUR, 11, "negative"),
+        received(1, 3 * HOUR, 12, "positive"),
+        received(1, HOUR, 10, "negative"),
+        received(1, 3 * HOUR, 12, "positive"),
+    ];
     let changes = history.write(&batch).unwrap();
     assert_eq!(changes.counted.iter().filter(|(_, new)| *new).count(), 3);
     let rows = reader.results(&filter).unwrap();
     assert_eq!((rows.len(), &rows[0]["decision"]), (1, &json!("positive")));
 
-    let many: Vec<_> = (2..3002).map(|n| received(n, 4 * HOUR + n as i64, 1000 + n, "negative")).collect();
+    let many: Vec<_> = (2..3002)
+        .map(|n| received(n, 4 * HOUR + n as i64, 1000 + n, "negative"))
+        .collect();
     let changes = history.write(&many).unwrap();
     assert_eq!((changes.results.len(), changes.more), (40, 2960));
-    let negative = Filter { verdict: Some(Verdict::Negative), from_ms: Some(4 * HOUR), to_ms: Some(4 * HOUR + 12), ..filter.clone() };
+    let negative = Filter {
+        verdict: Some(Verdict::Negative),
+        from_ms: Some(4 * HOUR),
+        to_ms: Some(4 * HOUR + 12),
+        ..filter.clone()
+    };
     assert_eq!(reader.results(&negative).unwrap().len(), 10);
-    let page = Filter { limit: 100, ..filter.clone() };
+    let page = Filter {
+        limit: 100,
+        ..filter.clone()
+    };
     let first = reader.results(&page).unwrap();
-    let next = reader.results(&Filter { before: first.last().unwrap()["id"].as_i64(), ..page }).unwrap();
+    let next = reader
+        .results(&Filter {
+            before: first.last().unwrap()["id"].as_i64(),
+            ..page
+        })
+        .unwrap();
     assert_ne!(first.last().unwrap()["scan_id"], next[0]["scan_id"]);
 
     // By number, in steps; then by age. Acknowledged alerts are named when they go.
-    let alerts = parse("scansentry", "scansentry/ward/mri-1/alert", alert(1, 1, "raised").to_string().as_bytes(), false, HOUR).unwrap();
+    let alerts = parse(
+        "scansentry",
+        "scansentry/ward/mri-1/alert",
+        alert(1, 1, "raised").to_string().as_bytes(),
+        false,
+        HOUR,
+    )
+    .unwrap();
     let ack = json!({"at": "2026-11-23T12:00:00Z", "by": "desk"}).to_string();
-    let ack = parse("scansentry", &format!("scansentry/ward/mri-1/ack/{}", id(5, 1)), ack.as_bytes(), false, HOUR).unwrap();
+    let ack = parse(
+        "scansentry",
+        &format!("scansentry/ward/mri-1/ack/{}", id(5, 1)),
+        ack.as_bytes(),
+        false,
+        HOUR,
+    )
+    .unwrap();
     assert!(matches!(ack.body, Body::Ack(_, Some(_))));
     history.write(&[alerts, ack]).unwrap();
-    let keep = |before_ms, max_rows| Retention { before_ms, max_rows, preview_bytes: 0 };
+    let keep = |before_ms, max_rows| Retention {
+        before_ms,
+        max_rows,
+        preview_bytes: 0,
+    };
     while history.prune(keep(0, 1000), 500).unwrap().1 {}
     assert_eq!(history.rows(), 1000);
     let (forgotten, _) = history.prune(keep(2 * HOUR, 1000), 500).unwrap();
     assert_eq!(forgotten.len(), 1);
     assert_eq!(forgotten[0].1.to_string(), id(5, 1));
     while history.prune(keep(100 * HOUR, 1000), 500).unwrap().1 {}
-    assert_eq!((history.rows(), reader.results(&filter).unwrap().len()), (0, 0));
+    assert_eq!(
+        (history.rows(), reader.results(&filter).unwrap().len()),
+        (0, 0)
+    );
 }

@@ -30,13 +30,7 @@ const EDGES: [&str; 9] = [
     "watch",
 ];
 const CORE: [&str; 1] = ["classifier"];
-const LOOPS: [&str; 5] = [
-    "commands",
-    "dashboard",
-    "pipeline",
-    "publisher",
-    "studies",
-];
+const LOOPS: [&str; 5] = ["commands", "dashboard", "pipeline", "publisher", "studies"];
 const TOP: [&str; 2] = ["daemon", "cli"];
 
 /// Crates that only one module may name.

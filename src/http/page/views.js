@@ -25,7 +25,7 @@ function heatToggle(changed) {
 
 // ---- alerts ---------------------------------------------------------------------------------------------------------
 
-function alertCard(alert, changed) {
+function alertCard(alert, level = 3) {
   const problem = h("p", { class: "wrong", role: "alert", hidden: true });
   const act = async (event, takeBack) => {
     const button = event.currentTarget;
@@ -33,7 +33,6 @@ function alertCard(alert, changed) {
     problem.hidden = true;
     try {
       await acknowledge(alert, takeBack);
-      changed?.();
     } catch (error) {
       problem.textContent = error.message;
       problem.hidden = false;
@@ -50,7 +49,7 @@ function alertCard(alert, changed) {
   return h("li", { class: `alert ${acknowledged ? "seen" : "new"}`, "data-alert": alert.alert_id },
     h("div", { class: "alert-mark" }, shape("positive")),
     h("div", { class: "alert-text" },
-      h("h3", {}, h("a", { href: studyLink(alert) }, decisionWord("positive")), h("span", { class: "by" }, "by this model")),
+      h(`h${level}`, {}, h("a", { href: studyLink(alert) }, decisionWord("positive")), h("span", { class: "by" }, "by this model")),
       h("p", {}, h("strong", {}, name(alert)), ` · ${alert.positives} of ${count(alert.images, "picture")} positive · highest probability ${probability(alert.max_probability)} (threshold ${probability(alert.threshold)})`),
       h("p", { class: "hint" }, "Raised ", time(alert.raised_at), alert.closed ? " · the study is complete" : [" · last change ", time(alert.updated_at)]),
       acknowledged, problem),
@@ -65,7 +64,7 @@ function alertSection(level) {
     const focused = document.activeElement?.closest?.("[data-alert]")?.dataset.alert;
     fill(section,
       h(`h${level}`, { id: "alerts-title" }, "Alerts", h("span", { class: "count" }, fresh ? `${fresh} to acknowledge` : "none to acknowledge")),
-      alerts.length ? h("ol", { class: "plain" }, alerts.map((alert) => alertCard(alert)))
+      alerts.length ? h("ol", { class: "plain" }, alerts.map((alert) => alertCard(alert, level + 1)))
         : h("p", { class: "hint" }, "No alert is open. Alerts say what this model found; their absence says nothing about a patient."),
       live.openAlerts > alerts.length && h("p", { class: "hint" }, `${live.openAlerts - alerts.length} more; acknowledge these first.`));
     if (focused) {
@@ -321,7 +320,7 @@ export function studyView(root, [site, device, id]) {
     fill(root,
       h("div", { class: "bar-line" }, heading(1, "Study ", shortId(id)), h("span", { class: "spacer" }), heatToggle(draw)),
       h("p", { class: "lead" }, positives ? `Tumour pattern found by this model in ${count(positives, "picture")} of ${pictures.length}.` : pictures.length > rejected ? "No tumour pattern found by this model." : "No picture of this study could be classified."),
-      alert && h("ol", { class: "plain" }, alertCard(alert)),
+      alert && h("ol", { class: "plain" }, alertCard(alert, 2)),
       h("div", { class: "columns even" },
         h("section", { class: "panel" }, studyPlot(pictures, -1, (i) => { location.hash = scanLink(pictures[i]); })),
         h("section", { class: "panel" }, heading(2, "Summary"), facts([
