@@ -99,6 +99,12 @@ fn birth_and_will_are_kept_on_both_versions_and_said_again_to_a_restarted_broker
         });
         appliance.kill();
         wait_for("the will", || said().last().is_some_and(|s| s == "offline"));
+        let will = subscriber.of_kind("status").pop().unwrap();
+        let properties = (will.content_type.as_str(), will.user.as_str());
+        match protocol {
+            "5" => assert_eq!(properties, ("text/plain", "schema:scansentry/status/1")),
+            _ => assert_eq!(properties, ("", "")),
+        }
         let late = broker.subscribe_late();
         wait_for("offline", || {
             late.of_kind("status")
