@@ -130,10 +130,21 @@ impl Commands {
     }
 
     async fn handle(&self, received: &Received) -> Result<(), StoreError> {
-        match check(received) {
+        let away = |command: &Command| {
+            command.word == CommandWord::Reprocess && self.health.holds(Condition::FolderAway)
+        };
+        let checked = check(received).and_then(|command| {
+            if away(&command) {
+                let message = "the export folder is not there; send it again when it is";
+                return Err((Refusal::FolderAway, message.into()));
+            }
+            Ok(command)
+        });
+        match checked {
             Ok(command) => self.carry_out(command).await,
             Err((refusal, message)) => {
-                tracing::warn!(code = refusal.as_str(), "command refused: {message}");
+                // The code only: the message may quote what was sent.
+                tracing::warn!(code = refusal.as_str(), "command refused");
                 let answer = self.reporter.refusal(received, refusal, &message);
                 self.store
                     .call(move |ledger| ledger.answer(None, &answer, now()))

@@ -400,14 +400,14 @@ fn result(payload: &[u8], now_ms: i64) -> Result<Body, Unusable> {
 
 fn alert_body(payload: &[u8], now_ms: i64) -> Result<Body, Unusable> {
     #[derive(Deserialize)]
-    struct Revision {
+    struct Change {
         alert_id: Pseudonym,
         study_id: Pseudonym,
         revision: u64,
         state: String,
         at: String,
     }
-    let (alert, payload): (Revision, _) = decode(payload)?;
+    let (alert, payload): (Change, _) = decode(payload)?;
     Ok(Body::Alert(AlertSeen {
         alert_id: alert.alert_id,
         study_id: alert.study_id,

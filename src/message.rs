@@ -522,6 +522,8 @@ pub enum Refusal {
     TooLarge,
     /// The broker kept it, and would send it again with every connection.
     Retained,
+    /// The export folder is not there, so no file can be looked for.
+    FolderAway,
 }
 
 impl Refusal {
@@ -531,6 +533,7 @@ impl Refusal {
             Self::Invalid => "invalid",
             Self::TooLarge => "too_large",
             Self::Retained => "retained",
+            Self::FolderAway => "folder_away",
         }
     }
 }
@@ -928,7 +931,11 @@ impl Reporter {
             status: "refused",
             error: Some(Reason {
                 code: refusal.as_str(),
-                message: message.chars().take(300).collect(),
+                message: message
+                    .chars()
+                    .map(|c| if c.is_control() { ' ' } else { c })
+                    .take(300)
+                    .collect(),
             }),
             reprocess: None,
         };

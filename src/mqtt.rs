@@ -39,7 +39,7 @@ pub struct Settings {
     keep_alive: Duration,
     connect_timeout: Duration,
     inflight: u16,
-    will: Option<(String, &'static [u8])>,
+    will: Option<(String, &'static [u8], Sending)>,
     persistent: Option<u32>,
 }
 
@@ -94,10 +94,10 @@ impl Settings {
         })
     }
 
-    /// The same with a retained last will.
+    /// The same with a last will.
     #[must_use]
-    pub fn with_will(mut self, topic: String, payload: &'static [u8]) -> Self {
-        self.will = Some((topic, payload));
+    pub fn with_will(mut self, topic: String, payload: &'static [u8], sending: Sending) -> Self {
+        self.will = Some((topic, payload, sending));
         self
     }
 
@@ -198,6 +198,13 @@ pub struct Sending {
     pub user: Vec<(&'static str, &'static str)>,
 }
 
+impl Sending {
+    fn user_properties(&self) -> Vec<(String, String)> {
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        self.user.iter().map(owned).collect()
+    }
+}
+
 /// Names one published message within its session.
 pub type Ticket = u64;
 
@@ -273,12 +280,12 @@ impl Session {
             if let Some((user, password)) = &settings.login {
                 options.set_credentials(user, password);
             }
-            if let Some((topic, payload)) = &settings.will {
+            if let Some((topic, payload, sending)) = &settings.will {
                 options.set_last_will(rumqttc::LastWill::new(
                     topic,
                     payload.to_vec(),
                     rumqttc::QoS::AtLeastOnce,
-                    true,
+                    sending.retain,
                 ));
             }
             let (client, mut event_loop) = rumqttc::AsyncClient::new(options, requests);
@@ -319,20 +326,20 @@ impl Session {
             if let Some((user, password)) = &settings.login {
                 options.set_credentials(user, password);
             }
-            if let Some((topic, payload)) = &settings.will {
+            if let Some((topic, payload, sending)) = &settings.will {
                 options.set_last_will(v5::mqttbytes::v5::LastWill::new(
                     topic,
                     payload.to_vec(),
                     v5::mqttbytes::QoS::AtLeastOnce,
-                    true,
+                    sending.retain,
                     Some(v5::mqttbytes::v5::LastWillProperties {
                         delay_interval: None,
                         payload_format_indicator: Some(1),
-                        message_expiry_interval: None,
-                        content_type: Some("text/plain".into()),
+                        message_expiry_interval: sending.expiry_s,
+                        content_type: sending.content_type.map(str::to_owned),
                         response_topic: None,
                         correlation_data: None,
-                        user_properties: Vec::new(),
+                        user_properties: sending.user_properties(),
                     }),
                 ));
             }
@@ -387,11 +394,7 @@ impl Session {
                     payload_format_indicator: Some(1),
                     content_type: sending.content_type.map(str::to_owned),
                     message_expiry_interval: sending.expiry_s,
-                    user_properties: sending
-                        .user
-                        .iter()
-                        .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
-                        .collect(),
+                    user_properties: sending.user_properties(),
                     ..Default::default()
                 };
                 client

@@ -98,10 +98,11 @@ impl Publisher {
     /// Publishes until `stop`, then for at most `mqtt.drain_s` more until the outbox is empty, then says goodbye.
     pub async fn run(mut self, stop: CancellationToken) -> Result<(), StoreError> {
         let mut previews = self.previews.take();
-        let settings = self
-            .settings
-            .clone()
-            .with_will(self.reporter.sender.topic(Kind::Status), OFFLINE);
+        let settings = self.settings.clone().with_will(
+            self.reporter.sender.topic(Kind::Status),
+            OFFLINE,
+            self.sending(Some(Kind::Status), false),
+        );
         let started = jiff::Timestamp::now();
         let mut backoff = Backoff::new(&self.mqtt);
         // What waits from an earlier run may have been sent by it.
@@ -139,6 +140,24 @@ impl Publisher {
 }
 
 impl Publisher {
+    /// How a message of a kind is sent. Retained messages say how things are, so they stay until the next one.
+    fn sending(&self, kind: Option<Kind>, replay: bool) -> Sending {
+        let Some(kind) = kind else {
+            return Sending::default();
+        };
+        let mut user = vec![("schema", kind.schema())];
+        if replay {
+            user.push(("replay", "true"));
+        }
+        let expiry_s = self.mqtt.expiry_s;
+        Sending {
+            retain: kind.retained(),
+            content_type: Some(kind.content_type()),
+            expiry_s: (expiry_s > 0 && !kind.retained()).then_some(expiry_s),
+            user,
+        }
+    }
+
     fn command_topic(&self) -> String {
         format!("{}/{COMMAND_TOPIC}", self.reporter.sender.topic_base)
     }
@@ -349,7 +368,7 @@ impl<'a> Connection<'a> {
                 );
                 // It counts the open alerts.
                 self.due.health |= kind == Some(Kind::Alert);
-                let sending = self.sending(kind, replay);
+                let sending = self.publisher.sending(kind, replay);
                 let ticket = self
                     .publish(&message.topic, message.payload, &sending)
                     .await?;
@@ -543,27 +562,9 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// How a message of a kind is sent. Retained messages say how things are, so they stay until the next one.
-    fn sending(&self, kind: Option<Kind>, replay: bool) -> Sending {
-        let Some(kind) = kind else {
-            return Sending::default();
-        };
-        let mut user = vec![("schema", kind.schema())];
-        if replay {
-            user.push(("replay", "true"));
-        }
-        let expiry_s = self.publisher.mqtt.expiry_s;
-        Sending {
-            retain: kind.retained(),
-            content_type: Some(kind.content_type()),
-            expiry_s: (expiry_s > 0 && !kind.retained()).then_some(expiry_s),
-            user,
-        }
-    }
-
     async fn publish_own(&mut self, kind: Kind, payload: Vec<u8>) -> Result<(), Ended> {
         let topic = self.publisher.reporter.sender.topic(kind);
-        let sending = self.sending(Some(kind), false);
+        let sending = self.publisher.sending(Some(kind), false);
         let ticket = self.publish(&topic, payload, &sending).await?;
         self.own.insert(ticket, Instant::now());
         Ok(())

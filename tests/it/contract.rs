@@ -160,6 +160,18 @@ fn an_undocumented_key_and_a_missing_one_fail() {
 }
 
 #[test]
+fn the_command_in_the_documentation_is_one() {
+    let text = std::fs::read_to_string(docs().join("mqtt/README.md")).unwrap();
+    let examples: Vec<_> = text
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("-m '"))
+        .collect();
+    assert_eq!(examples.len(), 1);
+    let command = serde_json::from_str(examples[0].trim_end_matches('\'')).unwrap();
+    check_payload("command", &command);
+}
+
+#[test]
 fn the_codes_in_the_schemas_are_the_programs() {
     use scansentry::health::Condition;
     use scansentry::imaging::decode::DecodeNote;

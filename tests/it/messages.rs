@@ -99,6 +99,12 @@ fn birth_and_will_are_kept_on_both_versions_and_said_again_to_a_restarted_broker
         });
         appliance.kill();
         wait_for("the will", || said().last().is_some_and(|s| s == "offline"));
+        let will = subscriber.of_kind("status").pop().unwrap();
+        let properties = (will.content_type.as_str(), will.user.as_str());
+        match protocol {
+            "5" => assert_eq!(properties, ("text/plain", "schema:scansentry/status/1")),
+            _ => assert_eq!(properties, ("", "")),
+        }
         let late = broker.subscribe_late();
         wait_for("offline", || {
             late.of_kind("status")
@@ -529,6 +535,13 @@ fn reprocess_classifies_again_what_is_still_there_and_doubles_nothing() {
         on.subscriber.results().iter().any(|r| r["revision"] == 3)
     });
 
+    // Without the folder nothing can be said about its files.
+    let aside = on.appliance.folder.path().join("aside");
+    std::fs::rename(on.appliance.export(), &aside).unwrap();
+    wait_for("the condition", || on.conditions() == ["folder_away"]);
+    all["id"] = json!("away");
+    assert_eq!(on.order(&all)["error"]["code"], "folder_away");
+
     on.broker
         .publish(&format!("{BASE}/command"), "open the door", &[]);
     wait_for("the refusal", || {
@@ -537,6 +550,42 @@ fn reprocess_classifies_again_what_is_still_there_and_doubles_nothing() {
             .iter()
             .any(|a| a.json()["error"]["code"] == "invalid")
     });
+}
+
+#[test]
+fn a_kill_in_the_middle_of_a_reprocess_loses_and_doubles_nothing() {
+    let mut on = Commanded::start();
+    let count = 16;
+    for (number, slice) in slices(count).iter().enumerate() {
+        on.appliance.rename_in(&format!("{number}.png"), slice);
+    }
+    on.subscriber.wait_for_scans(count);
+    let mut all = command("all", "reprocess");
+    all["since"] = json!("1970-01-01T00:00:00Z");
+    on.send(&all);
+    let again = || -> Vec<Value> {
+        let results = on.subscriber.results().into_iter();
+        results.filter(|r| r["revision"] != 1).collect()
+    };
+    let scans = |results: &[Value]| {
+        let ids = results.iter().map(|r| r["scan_id"].to_string());
+        ids.collect::<std::collections::HashSet<_>>().len()
+    };
+    // Once answered, it is durable; killed then, and in the work on the files.
+    wait_for("the answer", || !on.answers("all").is_empty());
+    for _ in 0..3 {
+        on.appliance.kill();
+        on.appliance.start();
+        pause(Duration::from_millis(30));
+    }
+    wait_for("all new outcomes", || scans(&again()) == count);
+    wait_for("an empty outbox", || {
+        on.appliance.status()["counts"]["outbox"] == 0
+    });
+    pause(Duration::from_secs(1));
+    assert!(again().iter().all(|r| r["revision"] == 2));
+    assert_no_double_outcome(&again());
+    assert_eq!(on.appliance.status()["counts"]["classified"], count);
 }
 
 #[test]
