@@ -151,7 +151,7 @@ impl Server {
         self.get("/api/state")["alerts"][0].clone()
     }
 
-    fn metric(&self, name: &str) -> f64 {
+    fn metric(&self, name: &str) -> u64 {
         sum(&get(&self.url, "/metrics", &[]).1, name)
     }
 }
@@ -191,13 +191,13 @@ fn post(url: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> (u16, S
     )
 }
 
-/// The sum of a metric over its labels.
-fn sum(text: &str, name: &str) -> f64 {
+/// The sum of a metric over its labels, whole numbers only.
+fn sum(text: &str, name: &str) -> u64 {
     text.lines()
         .filter(|line| !line.starts_with('#'))
         .filter_map(|line| line.rsplit_once(' '))
         .filter(|(key, _)| key.split('{').next() == Some(name))
-        .map(|(_, value)| value.parse::<f64>().unwrap())
+        .map(|(_, value)| value.parse::<f64>().unwrap() as u64)
         .sum()
 }
 
@@ -249,7 +249,7 @@ fn two_dashboards_agree_and_outlive_broker_and_themselves() {
             server.get("/api/results")["rows"].as_array().unwrap().len() == 3
                 && server.open_alert()["revision"] == 1
         });
-        assert_eq!(server.metric("scansentry_dashboard_history_rows"), 3.0);
+        assert_eq!(server.metric("scansentry_dashboard_history_rows"), 3);
         assert_eq!(
             server.get("/api/state")["appliances"][0]["status"],
             "online"
@@ -389,7 +389,7 @@ fn two_dashboards_agree_and_outlive_broker_and_themselves() {
     }
     second.again();
     wait_for("what was missed", || {
-        second.metric("scansentry_dashboard_history_rows") == 44.0
+        second.metric("scansentry_dashboard_history_rows") == 44
     });
     // Closed and acknowledged alerts move to the history.
     assert_eq!(second.acknowledge(1, false).0, 200);
@@ -450,7 +450,7 @@ fn twenty_thousand_messages_at_once_arrive() {
         .unwrap();
     assert!(publisher.wait().unwrap().success());
     wait_for("all messages", || {
-        server.metric("scansentry_dashboard_history_rows") as u64 == COUNT
+        server.metric("scansentry_dashboard_history_rows") == COUNT
     });
     let seconds = start.elapsed().as_secs_f64();
     println!(
@@ -463,7 +463,7 @@ fn twenty_thousand_messages_at_once_arrive() {
         "negative"
     );
     let resident = server.metric("process_resident_memory_bytes");
-    assert!(resident < 200e6, "{resident} bytes resident");
+    assert!(resident < 200_000_000, "{resident} bytes resident");
     drop(idle);
 }
 
@@ -782,23 +782,23 @@ fn supervisors_get_health_and_numbers_without_the_page() {
     appliance.rename_in("secret-letter.txt", b"Dear colleague");
     let metrics = || get(&url, "/metrics", &[]).1;
     wait_for("five outcomes", || {
-        sum(&metrics(), "scansentry_pictures_total") as u64 == 5
+        sum(&metrics(), "scansentry_pictures_total") == 5
     });
     wait_for("delivery", || {
-        sum(&metrics(), "scansentry_backlog_messages") == 0.0
+        sum(&metrics(), "scansentry_backlog_messages") == 0
     });
     let text = metrics();
     assert!(
         text.contains("scansentry_pictures_total{outcome=\"rejected\",reason=\"not_an_image\"} 1"),
         "{text}"
     );
-    assert_eq!(sum(&text, "scansentry_stage_seconds_count") as u64, 4 * 5);
-    assert_eq!(sum(&text, "scansentry_mqtt_connected"), 1.0);
+    assert_eq!(sum(&text, "scansentry_stage_seconds_count"), 4 * 5);
+    assert_eq!(sum(&text, "scansentry_mqtt_connected"), 1);
     assert!(
         text.contains("scansentry_model_info{name=\"braintumor\""),
         "{text}"
     );
-    assert!(sum(&text, "process_resident_memory_bytes") > 1e6);
+    assert!(sum(&text, "process_resident_memory_bytes") > 1_000_000);
     assert!(!text.contains("secret"), "{text}");
     assert_eq!(get(&url, "/healthz", &[]).0, 200);
     assert_eq!(get(&url, "/", &[]).0, 404, "no page without the dashboard");
@@ -811,7 +811,7 @@ fn supervisors_get_health_and_numbers_without_the_page() {
     let (status, text) = get(&url, "/readyz", &[]);
     assert_eq!(status, 200, "{text}");
     assert!(text.contains("broker_away"), "{text}");
-    assert_eq!(sum(&metrics(), "scansentry_mqtt_connected"), 0.0);
+    assert_eq!(sum(&metrics(), "scansentry_mqtt_connected"), 0);
     assert_eq!(appliance.stop(), Some(0));
 }
 
@@ -827,7 +827,7 @@ fn every_metric_that_the_grafana_dashboard_names_is_exported() {
     // Something of each kind, so that each metric has a value.
     appliance.rename_in("slice.png", &slices(1)[0]);
     wait_for("a result", || {
-        sum(&get(&url, "/metrics", &[]).1, "scansentry_pictures_total") > 0.0
+        sum(&get(&url, "/metrics", &[]).1, "scansentry_pictures_total") > 0
     });
     std::fs::rename(
         appliance.export(),
@@ -835,7 +835,7 @@ fn every_metric_that_the_grafana_dashboard_names_is_exported() {
     )
     .unwrap();
     wait_for("a condition", || {
-        sum(&get(&url, "/metrics", &[]).1, "scansentry_condition") > 0.0
+        sum(&get(&url, "/metrics", &[]).1, "scansentry_condition") > 0
     });
     let exported = || -> HashSet<String> {
         let text = get(&url, "/metrics", &[]).1;
@@ -893,6 +893,8 @@ fn received(number: u64, at_ms: i64, event: u64, decision: &str) -> Received {
     .unwrap()
 }
 
+const HOUR: i64 = 3_600_000;
+
 #[test]
 fn the_history_drops_duplicates_shows_the_newest_and_forgets_within_bounds() {
     let folder = tempfile::tempdir().unwrap();
@@ -906,7 +908,6 @@ fn the_history_drops_duplicates_shows_the_newest_and_forgets_within_bounds() {
         limit: 10_000,
         ..Filter::default()
     };
-    const HOUR: i64 = 3_600_000;
 
     // Reprocessed: another event of the same scan; the newest counts, even if the older one comes late.
     let batch = [
