@@ -55,10 +55,10 @@ try {
   await shoot("live-light", "", { act: heat });
   await shoot("live-dark", "", { theme: "dark", act: heat });
   await shoot("scan", `#/scan/${row.site}/${row.device}/${row.scan_id}`, { act: heat, height: 760, type: "jpeg" });
-  await shoot("study", `#/study/${row.site}/${row.device}/${row.study_id}`, { theme: "dark", height: 900 });
+  await shoot("study", `#/study/${row.site}/${row.device}/${row.study_id}`, { theme: "dark", height: 900, type: "jpeg" });
   await shoot("charts", "#/charts?range=1h", { height: 760 });
-  await shoot("phone", "", { width: 390, height: 844 });
-  await shoot("wall", "#wall", { width: 1600, height: 900, theme: "dark" });
+  await shoot("phone", "", { width: 390, height: 844, type: "jpeg" });
+  await shoot("wall", "#wall", { width: 1280, height: 720, theme: "dark", type: "jpeg" });
   console.log(`docs/images: written; errors on the pages: ${stage.errors.length ? stage.errors.join("; ") : "none"}`);
 } finally {
   await stage.close();
