@@ -29,11 +29,12 @@ const LOOPS: [&str; 3] = ["pipeline", "publisher", "studies"];
 const TOP: [&str; 2] = ["daemon", "cli"];
 
 /// Crates that only one module may name.
-const OWNED: [(&str, &str); 5] = [
+const OWNED: [(&str, &str); 6] = [
     ("rumqttc", "mqtt"),
     ("rumqttd", "broker"),
     ("rusqlite", "store"),
     ("litert_sys", "engine"),
+    ("tflite::", "engine"),
     ("notify::", "watch"),
 ];
 

@@ -7,6 +7,7 @@ mod broker;
 mod cli;
 mod decode;
 mod dicom;
+mod emulated;
 mod engine;
 mod layers;
 mod main_job;
