@@ -5,12 +5,15 @@
 
 mod broker;
 mod cli;
+mod contract;
 mod decode;
 mod dicom;
 mod emulated;
 mod engine;
+mod home_assistant;
 mod layers;
 mod main_job;
+mod messages;
 mod parity;
 mod smoke;
 mod store;
