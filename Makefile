@@ -3,7 +3,7 @@
 CARGO ?= cargo
 SHARED_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test test-long test-browser screenshots setup setup-browser build lint doc deny asyncapi model reference fuzz clean
+.PHONY: demo test test-long test-tflite test-emulated test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 setup setup-browser build lint doc deny asyncapi model reference fuzz clean
 
 ## The main job in one process: embedded broker, simulated scanner, real model (ARGS="--count 20 --rate 5")
 demo: setup
@@ -27,9 +27,28 @@ screenshots: setup-browser
 	$(CARGO) build
 	cd tests/browser && npm run screenshots
 
-setup-browser:
-	@scripts/setup.sh --browser
+# Node.js 18 or newer from wherever; Debian 12 has 18.
+setup-browser: setup
+	@scripts/setup.sh --packages chromium $$(node -e 'process.exit(Number(process.versions.node.split(".")[0]) < 18)' 2>/dev/null && command -v npm >/dev/null || echo nodejs npm)
 	@cd tests/browser && npm ci --no-fund --no-audit --loglevel=error
+
+## The same tests with the second engine, TensorFlow Lite 1.15 (compiled from source: some minutes at first)
+test-tflite: setup
+	@scripts/setup.sh --packages g++ libclang-dev make
+	SCANSENTRY__MODEL__ENGINE=tflite $(CARGO) test --features tflite
+
+## What a package has, for each kind of board: target/TRIPLE/stage (see cross/README.md)
+cross-aarch64:
+	cross/build.sh aarch64-unknown-linux-gnu
+cross-armv7:
+	cross/build.sh armv7-unknown-linux-gnueabihf
+cross-x86_64:
+	cross/build.sh x86_64-unknown-linux-gnu
+
+## The cross-built programs do the main job here, under QEMU
+test-emulated: setup cross-aarch64 cross-armv7
+	@scripts/setup.sh --packages qemu-user-static
+	SCANSENTRY_EMULATED=1 $(CARGO) test --test it -- emulated --nocapture
 
 ## Packages and libraries that building and testing need; quick when they are there
 setup:

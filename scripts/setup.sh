@@ -1,9 +1,8 @@
 #!/bin/sh
 # Installs or fetches what building, testing and running the demo need; quick when all of it is there.
 #
-#   scripts/setup.sh [--browser] [TARGET_TRIPLE...]      the targets to fetch LiteRT for (default: this machine)
-#
-# --browser: also a Chromium and, unless there is one, a Node.js for the tests of the dashboard's page.
+#   scripts/setup.sh                         all of it, for this machine
+#   scripts/setup.sh --packages NAME...      only these Debian packages
 #
 # On Debian and its kin, missing packages are installed with apt-get (through sudo when not root). Elsewhere it says
 # what is missing and goes on.
@@ -11,16 +10,15 @@ set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 
+only_packages=
+if [ "${1:-}" = --packages ]; then
+    shift
+    only_packages=$*
+fi
+
 # A C compiler for the bundled SQLite; pip for LiteRT's wheel; the broker and its clients for the tests.
 packages="gcc libc6-dev python3 python3-pip python3-venv mosquitto mosquitto-clients openssl"
-
-if [ "${1:-}" = --browser ]; then
-    shift
-    packages="$packages chromium"
-    # 18 or newer, from wherever; Debian 12 has 18.
-    node -e 'process.exit(Number(process.versions.node.split(".")[0]) < 18)' 2>/dev/null && command -v npm >/dev/null ||
-        packages="$packages nodejs npm"
-fi
+packages=${only_packages:-$packages}
 
 say() { echo "setup: $*" >&2; }
 
@@ -49,6 +47,8 @@ if command -v dpkg-query >/dev/null && command -v apt-get >/dev/null; then
         # shellcheck disable=SC2086  # a list of names
         $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
     fi
+elif [ -n "$only_packages" ]; then
+    say "this is not Debian: the packages $only_packages are taken to be there"
 else
     for command in cc python3 mosquitto mosquitto_sub openssl; do
         command -v "$command" >/dev/null || PATH=$PATH:/usr/sbin command -v "$command" >/dev/null ||
@@ -56,4 +56,4 @@ else
     done
 fi
 
-exec "$here/fetch-litert.sh" "$@"
+[ -n "$only_packages" ] || exec "$here/fetch-litert.sh"

@@ -34,7 +34,7 @@ const LOOPS: [&str; 5] = ["commands", "dashboard", "pipeline", "publisher", "stu
 const TOP: [&str; 2] = ["daemon", "cli"];
 
 /// Crates that only one module may name.
-const OWNED: [(&str, &str); 8] = [
+const OWNED: [(&str, &str); 9] = [
     ("axum", "http"),
     ("hyper", "http"),
     ("prometheus_client", "metrics"),
@@ -42,6 +42,7 @@ const OWNED: [(&str, &str); 8] = [
     ("rumqttd", "broker"),
     ("rusqlite", "store"),
     ("litert_sys", "engine"),
+    ("tflite::", "engine"),
     ("notify::", "watch"),
 ];
 

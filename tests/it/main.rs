@@ -9,6 +9,7 @@ mod contract;
 mod dashboard;
 mod decode;
 mod dicom;
+mod emulated;
 mod engine;
 mod home_assistant;
 mod layers;
