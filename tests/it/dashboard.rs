@@ -179,16 +179,24 @@ fn get(url: &str, path: &str, headers: &[(&str, &str)]) -> (u16, String) {
     }
 }
 
+/// A server that refuses a request answers without reading its body and closes; a client that is still writing then may miss the answer, so
+/// it asks again.
 fn post(url: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> (u16, String) {
-    let mut request = agent().post(format!("{url}{path}"));
-    for (name, value) in headers {
-        request = request.header(*name, *value);
+    for _ in 0..20 {
+        let mut request = agent().post(format!("{url}{path}"));
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        match request.send(body) {
+            Ok(mut response) => {
+                let status = response.status().as_u16();
+                return (status, response.body_mut().read_to_string().unwrap());
+            }
+            Err(ureq::Error::Io(_)) => {}
+            Err(error) => panic!("{path}: {error}"),
+        }
     }
-    let mut response = request.send(body).unwrap();
-    (
-        response.status().as_u16(),
-        response.body_mut().read_to_string().unwrap(),
-    )
+    panic!("{path}: no answer");
 }
 
 /// The sum of a metric over its labels, whole numbers only.
