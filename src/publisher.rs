@@ -22,6 +22,7 @@ use crate::config::{Health as HealthConfig, Mqtt};
 use crate::health::{Condition, Conditions, Health};
 use crate::message::{self, Backlog, ConditionMessage, HealthMessage, Reporter, rfc3339};
 use crate::mqtt::{Event, Gone, Session, Settings, Ticket};
+use crate::progress::Stopwatch;
 use crate::store::{Store, StoreError};
 
 /// Payload of the retained status topic while connected.
@@ -59,6 +60,8 @@ pub struct Publisher {
     pub engine: String,
     /// Whether the daemon comes back at once under the same topics, so that its status stays online.
     pub stay_online: Arc<AtomicBool>,
+    /// Started anew at every turn, at least once a second while connected; stopped between connections.
+    pub turn: Stopwatch,
 }
 
 /// Why a connection was given up.
@@ -80,6 +83,12 @@ impl From<Gone> for Ended {
 impl Publisher {
     /// Publishes until `stop`, then for at most `mqtt.drain_s` more until the outbox is empty, then says goodbye.
     pub async fn run(self, stop: CancellationToken) -> Result<(), StoreError> {
+        let end = self.publish(&stop).await;
+        self.turn.stop();
+        end
+    }
+
+    async fn publish(&self, stop: &CancellationToken) -> Result<(), StoreError> {
         let settings = self
             .settings
             .clone()
@@ -87,8 +96,9 @@ impl Publisher {
         let started = jiff::Timestamp::now();
         let mut backoff = Backoff::new(&self.mqtt);
         loop {
-            let mut connection = Connection::new(&self, &settings, started);
-            match connection.run(&stop, &mut backoff).await {
+            self.turn.start();
+            let mut connection = Connection::new(self, &settings, started);
+            match connection.run(stop, &mut backoff).await {
                 Ended::Stop => {
                     connection.farewell().await;
                     return Ok(());
@@ -106,6 +116,7 @@ impl Publisher {
                     tracing::debug!(reason, "connection lost");
                 }
             }
+            self.turn.stop();
             tokio::select! {
                 () = stop.cancelled() => return Ok(()),
                 () = tokio::time::sleep(backoff.next()) => {}
@@ -188,6 +199,7 @@ impl<'a> Connection<'a> {
         let mut overdue_tick = tokio::time::interval(Duration::from_secs(1).min(ack_timeout / 2));
         let mut drain_until: Option<Instant> = None;
         loop {
+            self.publisher.turn.start();
             self.send().await?;
             if let Some(until) = drain_until
                 && ((self.in_flight.is_empty() && self.unconfirmed.is_empty() && !self.more)

@@ -22,9 +22,10 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{Candidate, Disposition, Report, Stopwatch};
+use super::{Candidate, Disposition, Report};
 use crate::config::Config;
 use crate::health::{Condition, Health};
+use crate::progress::Stopwatch;
 use crate::scan::{ScanFile, Stamp};
 use crate::store::{Store, free_bytes};
 use crate::watch::{self, Hint};
@@ -71,6 +72,8 @@ pub struct Intake {
     backlog: Arc<AtomicU64>,
     workers: Vec<std_mpsc::SyncSender<Candidate>>,
     stopwatches: Vec<Stopwatch>,
+    /// Of this loop.
+    turn: Stopwatch,
     idle: Vec<usize>,
     ready: VecDeque<Candidate>,
     /// Paths in `ready` or in a worker.
@@ -148,13 +151,14 @@ type Looks = Vec<(PathBuf, Option<Stamp>)>;
 
 impl Intake {
     /// An intake in front of `workers`. It reports how many files it holds through `backlog`. `careful` at first works on one
-    /// file at a time.
+    /// file at a time. `turn` is started anew at every turn, at least once in [`ROOM_CHECK`].
     pub fn new(
         config: Arc<Config>,
         store: Store,
         health: Health,
         backlog: Arc<AtomicU64>,
         workers: Vec<(std_mpsc::SyncSender<Candidate>, Stopwatch)>,
+        turn: Stopwatch,
         careful: bool,
     ) -> Self {
         let (workers, stopwatches): (Vec<_>, Vec<_>) = workers.into_iter().unzip();
@@ -166,6 +170,7 @@ impl Intake {
             backlog,
             workers,
             stopwatches,
+            turn,
             idle,
             ready: VecDeque::new(),
             taken: HashSet::new(),
@@ -184,6 +189,17 @@ impl Intake {
     /// Runs until `stop`; then waits for the files that are in a worker, and ends, and the workers with it.
     pub async fn run(
         mut self,
+        hints: mpsc::Receiver<Hint>,
+        reports: mpsc::UnboundedReceiver<Report>,
+        stop: CancellationToken,
+    ) -> Result<(), IntakeError> {
+        let end = self.take(hints, reports, stop).await;
+        self.turn.stop();
+        end
+    }
+
+    async fn take(
+        &mut self,
         mut hints: mpsc::Receiver<Hint>,
         mut reports: mpsc::UnboundedReceiver<Report>,
         stop: CancellationToken,
@@ -194,6 +210,7 @@ impl Intake {
         let mut room_check = tokio::time::interval(ROOM_CHECK);
         room_check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
+            self.turn.start();
             self.dispatch();
             self.begin_walk();
             self.backlog.store(
@@ -252,7 +269,10 @@ impl Intake {
         while let Some(&worker) = self.idle.last()
             && let Some(candidate) = self.ready.pop_front()
         {
+            // From here on, so that a worker that never begins is noticed too.
+            self.stopwatches[worker].start();
             if let Err(error) = self.workers[worker].try_send(candidate) {
+                self.stopwatches[worker].stop();
                 let (std_mpsc::TrySendError::Full(candidate)
                 | std_mpsc::TrySendError::Disconnected(candidate)) = error;
                 // An idle worker takes at once; if it does not, it is about to report that it died.
@@ -633,6 +653,7 @@ mod tests {
             Health::default(),
             Arc::new(AtomicU64::new(0)),
             vec![(queue, stopwatch)],
+            Stopwatch::default(),
             false,
         );
         let end = intake.run(hints, reports, CancellationToken::new()).await;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Modules by layer, from the bottom. Within the two middle kinds of layer nobody imports a neighbour.
-const PURE: [&str; 9] = [
+const PURE: [&str; 10] = [
     "config",
     "health",
     "imaging",
@@ -12,15 +12,17 @@ const PURE: [&str; 9] = [
     "message",
     "phantom",
     "prediction",
+    "progress",
     "scan",
     "tensor",
 ];
-const EDGES: [&str; 7] = [
+const EDGES: [&str; 8] = [
     "broker",
     "engine",
     "mqtt",
     "simulate",
     "store",
+    "systemd",
     "telemetry",
     "watch",
 ];
@@ -29,12 +31,13 @@ const LOOPS: [&str; 3] = ["pipeline", "publisher", "studies"];
 const TOP: [&str; 2] = ["daemon", "cli"];
 
 /// Crates that only one module may name.
-const OWNED: [(&str, &str); 5] = [
+const OWNED: [(&str, &str); 6] = [
     ("rumqttc", "mqtt"),
     ("rumqttd", "broker"),
     ("rusqlite", "store"),
     ("litert_sys", "engine"),
     ("notify::", "watch"),
+    ("sd_notify", "systemd"),
 ];
 
 fn rank(module: &str) -> Option<usize> {

@@ -14,3 +14,4 @@ mod parity;
 mod smoke;
 mod store;
 mod support;
+mod systemd;
