@@ -10,6 +10,7 @@ mod dicom;
 mod engine;
 mod layers;
 mod main_job;
+mod packaging;
 mod parity;
 mod smoke;
 mod store;
