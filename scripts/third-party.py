@@ -32,7 +32,8 @@ for package in sorted(metadata["packages"], key=lambda p: (p["name"], p["version
     source = package["repository"] or package["homepage"] or f"the package registry crates.io, {name}"
     print(f"{name} {version}: {licence}; {source}")
     folder = pathlib.Path(package["manifest_path"]).parent
-    files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name.upper().startswith(("LICEN", "COPYING", "NOTICE", "UNLICENSE", "COPYRIGHT"))]
+    names = ("LICEN", "COPYING", "NOTICE", "UNLICENSE", "COPYRIGHT")
+    files = [f for f in sorted(folder.iterdir()) if f.is_file() and f.name.upper().startswith(names)]
     for file in files:
         text = file.read_text(errors="replace").replace("\r\n", "\n").strip()
         texts.setdefault(text, []).append(f"{name} {version}")

@@ -153,6 +153,21 @@ on journalctl -u scansentry --no-pager | has "nonsense: is not a known key" || f
 rm $root/etc/scansentry/conf.d/99.toml
 on systemctl restart scansentry
 
+step "export folders of another group, and under /home"
+# PATH OWNER:GROUP MODE DROP-IN RESULTS
+other_folder() {
+    on install -d -m "$3" -o "${2%:*}" -g "${2#*:}" "$1"
+    printf '[watch]\nfolder = "%s"\n' "$1" >$root/etc/scansentry/conf.d/20-folder.toml
+    on sh -c "mkdir -p /run/systemd/system/scansentry.service.d && printf '[Service]\n$4\n' >/run/systemd/system/scansentry.service.d/test.conf && systemctl daemon-reload && systemctl restart scansentry"
+    export_slices "$1" 2 "${5}00" png
+    eventually "results from $1" has_classified "$5"
+}
+on groupadd scanner
+other_folder /srv/group root:scanner 0750 SupplementaryGroups=scanner 8
+other_folder /home/scanner/export root:root 0755 'ProtectHome=tmpfs\nBindReadOnlyPaths=-/home/scanner/export' 10
+on rm -r /run/systemd/system/scansentry.service.d
+on systemctl daemon-reload
+
 step "DICOM over the network"
 on systemctl start scansentry-storescp
 printf '[watch]\nfolder = "/var/lib/scansentry-storescp/export"\n' >$root/etc/scansentry/conf.d/20-storescp.toml
@@ -160,18 +175,18 @@ on systemctl restart scansentry
 export_slices /root/phantoms 3 200 jpeg
 on sh -c 'for f in /root/phantoms/*; do img2dcm -k Modality=MR "$f" "$f.dcm" && rm "$f"; done' >/dev/null
 eventually "the receiver" on sh -c 'storescu -xy localhost 11112 -aec SCANSENTRY +sd +r /root/phantoms'
-eventually "results from it" has_classified 9
+eventually "results from it" has_classified 13
 [ -z "$(ls -A $root/var/lib/scansentry-storescp/export/.incoming)" ] || fail "left in .incoming"
 ls $root/var/lib/scansentry-storescp/export | has -i "phantom\|slice" && fail "a name of the peer's got through"
 receiver=$(on systemd-analyze security scansentry-storescp --no-pager | tail -n 1)
-rm $root/etc/scansentry/conf.d/20-storescp.toml
+rm $root/etc/scansentry/conf.d/20-*.toml
 
 step "update from a signed repository"
 export GNUPGHOME=$PWD/$work/gnupg
-rm -rf $GNUPGHOME
-mkdir -m 700 $GNUPGHOME
+rm -rf "$GNUPGHOME"
+mkdir -m 700 "$GNUPGHOME"
 gpg --batch --quiet --passphrase '' --quick-generate-key 'ScanSentry test <test@example.org>' default default never 2>/dev/null
-key=$(gpg --list-keys --with-colons | sed -n 's/^fpr:*\([0-9A-F]*\):$/\1/p' | head -n 1)
+key=$(gpg --quiet --no-auto-check-trustdb --list-keys --with-colons | sed -n 's/^fpr:*\([0-9A-F]*\):$/\1/p' | head -n 1)
 scripts/apt-repository.sh $root/srv/repository "$key" "$deb" "$newer" 2>$work/repository.log || fail "$(cat $work/repository.log)"
 rm -f $root/etc/apt/sources.list
 cp $root/srv/repository/scansentry.gpg $root/usr/share/keyrings/
@@ -183,7 +198,7 @@ version() { on dpkg-query -W -f '${Version}' scansentry; }
 [ "$(version)" = "$(dpkg-deb -f "$newer" Version)" ] || fail "not updated"
 [ "$(show MainPID)" != "$pid" ] && [ "$(show ActiveState)" = active ] || fail "not restarted by the update"
 [ "$(sha256sum <$root/etc/scansentry/config.toml)" = "$config" ] && [ "$(sha256sum <$root/var/lib/scansentry/pseudonym.key)" = "$keyfile" ] || fail "the update changed configuration or state"
-[ "$(classified)" = 9 ] || fail "the ledger was not kept"
+[ "$(classified)" = 13 ] || fail "the ledger was not kept"
 
 step "remove, purge"
 on apt-get remove -y -qq scansentry >/dev/null 2>&1
