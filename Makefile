@@ -3,7 +3,7 @@
 CARGO ?= cargo
 SHARED_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test test-long setup setup-ci build lint doc deny model reference fuzz clean deb test-deb
+.PHONY: demo test test-long setup setup-ci build lint doc deny asyncapi model reference fuzz clean deb test-deb
 
 ## The main job in one process: embedded broker, simulated scanner, real model (ARGS="--count 20 --rate 5")
 demo: setup
@@ -47,6 +47,12 @@ doc: setup
 deny:
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
 	$(CARGO) deny check bans licenses sources
+
+## docs/mqtt/asyncapi.yaml and its schemas, with the AsyncAPI project's own parser (needs node and npm)
+asyncapi:
+	@if ! command -v npm >/dev/null; then echo "asyncapi: not checked, npm is not installed"; else \
+		[ -d .deps/asyncapi/node_modules ] || npm install --prefix .deps/asyncapi --no-audit --no-fund --ignore-scripts @asyncapi/parser@3.6.3 && \
+		node scripts/check-asyncapi.mjs; fi
 
 ## Train, convert, evaluate and bundle the model (about an hour on two cores; needs the image collections)
 model:

@@ -21,6 +21,7 @@ use crate::message::{ClassifiedPicture, ModelRef, millis};
 use crate::prediction::{
     Classified, Decision, Heatmap, Prediction, RejectCode, RejectReason, Roi, Timings,
 };
+use crate::preview;
 use crate::scan::{hex, sha256};
 
 /// Name of the manifest inside a bundle.
@@ -119,6 +120,8 @@ pub struct Classifier {
     resizer: Resizer,
     quantizer: Quantizer,
     quality: Quality,
+    /// Whether to keep what the model saw, for previews.
+    keep_seen: bool,
     tensor: Vec<u8>,
     outputs: Vec<Vec<u8>>,
 }
@@ -142,6 +145,8 @@ impl Classifier {
                 margin: crop.margin,
             })
         });
+        // Uncropped, the picture could show anything: names burned into it, for one.
+        let keep_seen = config.preview.enabled && finder.is_some();
         let resize = &manifest.preprocess.resize;
         let resizer = Resizer::new(ResizeSpec {
             width: manifest.input.width,
@@ -171,6 +176,7 @@ impl Classifier {
             resizer,
             quantizer,
             quality: config.quality,
+            keep_seen,
             tensor: Vec::new(),
             outputs: Vec::new(),
         })
@@ -248,6 +254,10 @@ impl Classifier {
                 let mut classified = self.classify(&picture)?;
                 classified.timings.decode = decode;
                 classified.timings.total = millis(start.elapsed());
+                if index >= preview::QUEUE as u32 {
+                    // A file of thousands of frames must not fill the memory.
+                    classified.seen = None;
+                }
                 Ok(classified)
             });
             let frame = (frames > 1).then_some(index + 1);
@@ -273,6 +283,7 @@ impl Classifier {
         let roi_done = Instant::now();
         let resized = self.resizer.resize(picture, roi);
         self.quantizer.quantize(resized, &mut self.tensor);
+        let seen = self.keep_seen.then(|| resized.clone());
         let resize_done = Instant::now();
         let failed = |e: String| RejectReason::new(RejectCode::InferenceFailed, e);
         self.engine
@@ -310,6 +321,7 @@ impl Classifier {
         Ok(Classified {
             prediction,
             roi,
+            seen,
             quality,
             timings,
         })

@@ -32,6 +32,9 @@ pub struct Config {
     pub state: State,
     pub mqtt: Mqtt,
     pub alert: Alert,
+    pub preview: Preview,
+    pub command: Command,
+    pub home_assistant: HomeAssistant,
     pub health: Health,
     pub log: Log,
 }
@@ -148,6 +151,7 @@ pub struct Mqtt {
     pub connect_timeout_s: u64,
     pub ack_timeout_s: u64,
     pub inflight: u16,
+    pub expiry_s: u32,
     pub backoff_min_ms: u64,
     pub backoff_max_s: u64,
     pub drain_s: u64,
@@ -157,8 +161,30 @@ pub struct Mqtt {
 #[allow(missing_docs)]
 pub struct Alert {
     pub enabled: bool,
+    pub min_positives: u32,
+    pub window: u32,
     pub quiet_s: u64,
     pub update_s: u64,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct Preview {
+    pub enabled: bool,
+    pub max_bytes: usize,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct Command {
+    pub enabled: bool,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[allow(missing_docs)]
+pub struct HomeAssistant {
+    pub enabled: bool,
+    pub prefix: String,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -186,6 +212,33 @@ pub enum LogFormat {
     Json,
     /// Fields for the systemd journal.
     Journald,
+}
+
+/// When a study's alert is raised: so many of the pictures classified last are positive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AlertRule {
+    /// How many, 1 to `window`.
+    pub min_positives: u32,
+    /// Of how many, 1-64.
+    pub window: u32,
+}
+
+impl AlertRule {
+    /// Whether pictures meet the rule: one bit each, the latest as the lowest, 1 for positive.
+    pub fn met_by(self, recent: u64) -> bool {
+        let window = u64::MAX >> (64 - self.window.clamp(1, 64));
+        (recent & window).count_ones() >= self.min_positives
+    }
+}
+
+impl Alert {
+    /// The rule; `None` when there are no alerts.
+    pub fn rule(&self) -> Option<AlertRule> {
+        self.enabled.then_some(AlertRule {
+            min_positives: self.min_positives,
+            window: self.window,
+        })
+    }
 }
 
 impl Watch {
@@ -378,16 +431,20 @@ impl Config {
                 ));
             }
         }
-        let topic = &self.mqtt.topic_prefix;
-        if topic.is_empty()
-            || topic.len() > 128
-            || topic.starts_with(['/', '$'])
-            || topic.ends_with('/')
-            || topic.contains(['+', '#', '\0'])
-        {
-            fail(format!(
-                "mqtt.topic_prefix: {topic:?} is not a valid topic; use words joined by / without + # and leading $"
-            ));
+        for (key, topic) in [
+            ("mqtt.topic_prefix", &self.mqtt.topic_prefix),
+            ("home_assistant.prefix", &self.home_assistant.prefix),
+        ] {
+            if topic.is_empty()
+                || topic.len() > 128
+                || topic.starts_with(['/', '$'])
+                || topic.ends_with('/')
+                || topic.contains(['+', '#', '\0'])
+            {
+                fail(format!(
+                    "{key}: {topic:?} is not a valid topic; use words joined by / without + # and leading $"
+                ));
+            }
         }
         let tls = match self.mqtt.address() {
             Ok(address) => address.tls,
@@ -484,11 +541,27 @@ impl Config {
         range("mqtt.connect_timeout_s", mqtt.connect_timeout_s, 1, 300);
         range("mqtt.ack_timeout_s", mqtt.ack_timeout_s, 1, 3600);
         range("mqtt.inflight", u64::from(mqtt.inflight), 1, 1000);
+        range("mqtt.expiry_s", u64::from(mqtt.expiry_s), 0, 31_536_000);
         range("mqtt.backoff_min_ms", mqtt.backoff_min_ms, 10, 60_000);
         range("mqtt.backoff_max_s", mqtt.backoff_max_s, 1, 3600);
         range("mqtt.drain_s", mqtt.drain_s, 0, 300);
+        let alert = &self.alert;
+        range("alert.window", u64::from(alert.window), 1, 64);
+        let window = u64::from(alert.window.clamp(1, 64));
+        range(
+            "alert.min_positives",
+            u64::from(alert.min_positives),
+            1,
+            window,
+        );
         range("alert.quiet_s", self.alert.quiet_s, 1, 86_400);
         range("alert.update_s", self.alert.update_s, 1, 3600);
+        range(
+            "preview.max_bytes",
+            self.preview.max_bytes as u64,
+            8192,
+            524_288,
+        );
         range("health.interval_s", self.health.interval_s, 1, 3600);
     }
 }

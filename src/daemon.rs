@@ -1,8 +1,8 @@
 //! Build, spawn, supervise, stop in order.
 //!
 //! ```text
-//! start: model (golden images) → state directory → store → workers → intake, watch, studies, publisher
-//! stop:  watch, studies → intake (files in a worker are finished) → workers → publisher (drains the outbox) → store
+//! start: model (golden images) → state directory → store → workers → intake, watch, studies, commands, publisher
+//! stop:  watch, studies, commands → intake (files in a worker are finished) → workers → publisher (drains the outbox) → store
 //! ```
 //!
 //! Every part runs until it is told to stop. A part that ends by itself is a defect: everything is stopped in order and
@@ -18,12 +18,15 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::classifier::{Bundle, BundleError, Classifier};
+use crate::commands::{self, Commands};
 use crate::config::Config;
 use crate::health::{Condition, Health};
+use crate::manifest::CropMethod;
 use crate::message::{Reporter, Sender};
 use crate::mqtt::Settings;
 use crate::pipeline::intake::Intake;
 use crate::pipeline::worker::{self, Context};
+use crate::preview;
 use crate::progress::Board;
 use crate::publisher::Publisher;
 use crate::store::{Opened, StateDir, Store};
@@ -163,12 +166,28 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
     let backlog = Arc::new(AtomicU64::new(0));
     let stopping = Arc::new(AtomicBool::new(false));
 
+    let (outlet, previews) = config
+        .preview
+        .enabled
+        .then(|| preview::channel(config.preview.max_bytes))
+        .unzip();
+    if config.preview.enabled && bundle.manifest.preprocess.crop.method == CropMethod::None {
+        tracing::warn!(
+            "no previews: this model takes pictures uncropped, which could show anything"
+        );
+    }
+    let paused = commands::was_paused(&store, config.command.enabled)
+        .await
+        .context("state.dir")?;
+    let (pause, held) = tokio::sync::watch::channel(paused);
+
     let context = Context {
         config: config.clone(),
         store: store.clone(),
         health: health.clone(),
         reporter: reporter.clone(),
         outbox: outbox.clone(),
+        previews: outlet,
         stopping: stopping.clone(),
     };
     let (reports_tx, reports) = mpsc::unbounded_channel();
@@ -209,17 +228,30 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
         store.clone(),
         reporter.clone(),
         outbox.clone(),
+        backlog.clone(),
         stop_input.clone(),
     ));
+    let (commands_tx, received) = mpsc::channel(commands::QUEUE);
+    let commands = Commands {
+        store: store.clone(),
+        health: health.clone(),
+        reporter: reporter.clone(),
+        outbox: outbox.clone(),
+        folder: config.watch.folder.clone(),
+        pause,
+        hints: hints_tx.clone(),
+    };
+    let mut commanding = tokio::spawn(commands.run(received, stop_input.clone()));
     let intake = Intake::new(
         config.clone(),
         store.clone(),
         health.clone(),
         backlog.clone(),
         queues,
-        board.watch("intake", silence),
         suspects,
-    );
+        held,
+    )
+    .watched_by(board.watch("intake", silence));
     let mut taking = tokio::spawn(intake.run(hints, reports, stop_input.clone()));
     let patience = config.mqtt.connect_timeout_s.max(config.mqtt.ack_timeout_s);
     let turn = board.watch("publisher", Duration::from_secs(patience) + silence);
@@ -235,6 +267,9 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
         outbox,
         health,
         reporter,
+        previews,
+        commands: config.command.enabled.then_some(commands_tx),
+        home_assistant: config.home_assistant.clone(),
         backlog,
         engine,
         stay_online: control.reload.clone(),
@@ -247,6 +282,7 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
         () = control.stop.cancelled() => None,
         end = &mut watching => Some(describe("watch", end.map(|()| Ok::<_, std::convert::Infallible>(())))),
         end = &mut tending => Some(describe("studies", end.map(|()| Ok::<_, std::convert::Infallible>(())))),
+        end = &mut commanding => Some(describe("commands", end.map(|()| Ok::<_, std::convert::Infallible>(())))),
         end = &mut taking => Some(describe("intake", end)),
         end = &mut publishing => Some(describe("publisher", end)),
     };
@@ -259,6 +295,7 @@ pub async fn run(prepared: Prepared, control: Control, ready: impl FnOnce()) -> 
     let finished = finish(taking, FINISH).await;
     finish(watching, FINISH).await;
     finish(tending, FINISH).await;
+    finish(commanding, FINISH).await;
     if finished {
         // The intake has dropped the queues, so the workers have ended or are about to.
         let joined = tokio::task::spawn_blocking(move || {

@@ -24,6 +24,8 @@ pub enum Condition {
     OutboxFull,
     /// A damaged ledger was set aside.
     LedgerRebuilt,
+    /// A command says that no new file is to be started.
+    Paused,
 }
 
 impl Condition {
@@ -37,6 +39,7 @@ impl Condition {
             Self::StateUnwritable => "state_unwritable",
             Self::OutboxFull => "outbox_full",
             Self::LedgerRebuilt => "ledger_rebuilt",
+            Self::Paused => "paused",
         }
     }
 }
@@ -82,6 +85,11 @@ impl Health {
             tracing::info!(condition = condition.code(), after_s = seconds, "recovered");
             true
         });
+    }
+
+    /// Whether a condition holds now.
+    pub fn holds(&self, condition: Condition) -> bool {
+        self.conditions.borrow().contains_key(&condition)
     }
 
     /// The conditions that hold now.

@@ -5,11 +5,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::imaging::decode::{DecodeNote, SourceKind};
 use crate::imaging::quality::{Quality, QualityFlag};
-use crate::prediction::{Classified, Decision, RejectReason, Roi, Timings};
+use crate::prediction::{Classified, Decision, Prediction, RejectReason, Roi, Timings};
 use crate::scan::{Pseudonym, PseudonymKey, ScanId};
 
 /// In every payload that speaks of an image.
@@ -53,8 +54,88 @@ impl Sender {
     }
 
     /// The topic of a kind of message.
-    pub fn topic(&self, kind: &str) -> String {
-        format!("{}/{kind}", self.topic_base)
+    pub fn topic(&self, kind: Kind) -> String {
+        format!("{}/{}", self.topic_base, kind.suffix())
+    }
+}
+
+/// What an appliance publishes, each on its own topic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// `online`, `stopped` or `offline`, as plain text; retained.
+    Status,
+    /// [`HealthMessage`]; retained.
+    Health,
+    /// [`ResultMessage`].
+    Result,
+    /// [`AlertMessage`].
+    Alert,
+    /// [`StudyMessage`].
+    Study,
+    /// [`PreviewMessage`].
+    Preview,
+    /// [`CommandResultMessage`].
+    CommandResult,
+}
+
+impl Kind {
+    const ALL: [Self; 7] = [
+        Self::Status,
+        Self::Health,
+        // Before `Result`, which the same topics end in.
+        Self::CommandResult,
+        Self::Result,
+        Self::Alert,
+        Self::Study,
+        Self::Preview,
+    ];
+
+    /// The end of its topic, after `<prefix>/<site>/<device>/`.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Self::Status => "status",
+            Self::Health => "health",
+            Self::Result => "result",
+            Self::Alert => "alert",
+            Self::Study => "study",
+            Self::Preview => "preview",
+            Self::CommandResult => "command/result",
+        }
+    }
+
+    /// The name of its schema; `docs/mqtt/` holds one for each.
+    pub fn schema(self) -> &'static str {
+        match self {
+            Self::Status => "scansentry/status/1",
+            Self::Health => "scansentry/health/1",
+            Self::Result => "scansentry/result/1",
+            Self::Alert => "scansentry/alert/1",
+            Self::Study => "scansentry/study/1",
+            Self::Preview => "scansentry/preview/1",
+            Self::CommandResult => "scansentry/command-result/1",
+        }
+    }
+
+    /// The media type of its payload.
+    pub fn content_type(self) -> &'static str {
+        match self {
+            Self::Status => "text/plain",
+            _ => "application/json",
+        }
+    }
+
+    /// Whether the broker keeps the last one for those who subscribe later.
+    pub fn retained(self) -> bool {
+        matches!(self, Self::Status | Self::Health)
+    }
+
+    /// The kind of the topics of appliances.
+    pub fn of_topic(topic: &str) -> Option<Self> {
+        let ends = |kind: &Self| {
+            let rest = topic.strip_suffix(kind.suffix());
+            rest.is_some_and(|rest| rest.ends_with('/'))
+        };
+        Self::ALL.into_iter().find(ends)
     }
 }
 
@@ -96,6 +177,8 @@ pub struct ResultMessage<'a> {
     pub event_id: Pseudonym,
     /// The same for the same bytes.
     pub scan_id: ScanId,
+    /// 1, and one more each time that the scan was classified again on command.
+    pub revision: u64,
     /// Which study the picture belongs to.
     pub study_id: Pseudonym,
     /// Which DICOM series the picture belongs to.
@@ -214,6 +297,8 @@ pub struct AlertMessage<'a> {
     pub max_probability: Option<f64>,
     /// The scan that has it.
     pub top_scan_id: Option<ScanId>,
+    /// The positive pictures with the highest probabilities, at most 32.
+    pub positive_scans: &'a [PositivePicture],
     /// At or above this a picture is positive.
     pub threshold: f64,
     /// The model.
@@ -233,6 +318,8 @@ pub struct StudyMessage<'a> {
     pub event_id: Pseudonym,
     /// The study.
     pub study_id: Pseudonym,
+    /// How often it has been closed.
+    pub revision: u64,
     /// `device.id`.
     pub device: &'a str,
     /// `device.site`.
@@ -251,10 +338,25 @@ pub struct StudyMessage<'a> {
     pub max_probability: Option<f64>,
     /// The scan that has it.
     pub top_scan_id: Option<ScanId>,
+    /// The positive pictures with the highest probabilities, at most 32.
+    pub positive_scans: &'a [PositivePicture],
+    /// Whether no file waited as the study was closed.
+    pub complete: bool,
     /// The model.
     pub model: &'a ModelRef,
     /// [`NOTICE`].
     pub notice: &'static str,
+}
+
+/// A positive picture of a study.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PositivePicture {
+    /// Which scan.
+    pub scan_id: ScanId,
+    /// Frame of a multi-frame file, from 1.
+    pub frame: Option<u32>,
+    /// Its probability, 0-1.
+    pub probability: f64,
 }
 
 /// Payload of `<base>/health`, retained.
@@ -274,8 +376,12 @@ pub struct HealthMessage<'a> {
     pub conditions: Vec<ConditionMessage>,
     /// Files waiting and messages waiting.
     pub backlog: Backlog,
+    /// Alerts that are raised and not closed.
+    pub open_alerts: u64,
     /// Totals of the ledger.
     pub counts: Counts,
+    /// What became of the previews; `None` when they are switched off.
+    pub previews: Option<PreviewCounts>,
     /// When the daemon started, UTC.
     pub started_at: String,
     /// Version of the program.
@@ -284,6 +390,188 @@ pub struct HealthMessage<'a> {
     pub model: &'a ModelRef,
     /// The runtime that runs it.
     pub engine: &'a str,
+}
+
+/// Payload of `<base>/preview`: what the model saw of a picture.
+#[derive(Debug, Clone, Serialize)]
+pub struct PreviewMessage<'a> {
+    /// `scansentry/preview/1`.
+    pub schema: &'static str,
+    /// One for each result's revision.
+    pub event_id: Pseudonym,
+    /// The scan.
+    pub scan_id: ScanId,
+    /// Its study.
+    pub study_id: Pseudonym,
+    /// Frame of a multi-frame file, from 1.
+    pub frame: Option<u32>,
+    /// `device.id`.
+    pub device: &'a str,
+    /// `device.site`.
+    pub site: &'a str,
+    /// When, UTC.
+    pub at: String,
+    /// Width in pixels.
+    pub width: u32,
+    /// Height in pixels.
+    pub height: u32,
+    /// The picture.
+    pub image: ImageMessage<'a>,
+    /// The class activation map.
+    pub heatmap: Option<&'a HeatmapMessage>,
+    /// The decision.
+    pub decision: Decision,
+    /// Probability of the positive labels, 0-1.
+    pub probability: f64,
+    /// [`NOTICE`].
+    pub notice: &'static str,
+}
+
+/// A picture in a message.
+#[derive(Debug, Clone, Serialize)]
+pub struct ImageMessage<'a> {
+    /// `image/png`.
+    #[serde(rename = "type")]
+    pub media_type: &'static str,
+    /// Its bytes.
+    pub base64: &'a str,
+}
+
+/// A class activation map in a message.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct HeatmapMessage {
+    /// Cells down.
+    pub rows: usize,
+    /// Cells across.
+    pub columns: usize,
+    /// Row by row, 0-255.
+    pub values: Vec<Vec<u8>>,
+}
+
+/// What became of the previews since the daemon started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct PreviewCounts {
+    /// Handed to the broker.
+    pub sent: u64,
+    /// Left out: no room, no broker, or too large.
+    pub dropped: u64,
+}
+
+/// The name of the schema of commands.
+pub const COMMAND_SCHEMA: &str = "scansentry/command/1";
+
+/// The end of the topic of commands.
+pub const COMMAND_TOPIC: &str = "command";
+
+/// Something that came on the command topic.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Received {
+    /// Its bytes.
+    pub payload: Vec<u8>,
+    /// Whether the broker kept it from before.
+    pub retained: bool,
+}
+
+/// Payload of `<base>/command`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CommandMessage {
+    /// [`COMMAND_SCHEMA`].
+    pub schema: String,
+    /// Chosen by the sender, one for each command.
+    pub id: String,
+    /// What to do.
+    pub command: CommandWord,
+    /// RFC 3339.
+    #[serde(default)]
+    pub since: Option<String>,
+    /// As in results.
+    #[serde(default)]
+    pub scan_ids: Option<Vec<String>>,
+}
+
+/// What to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CommandWord {
+    /// Start no new file.
+    Pause,
+    /// Go on.
+    Resume,
+    /// Classify past scans again.
+    Reprocess,
+}
+
+impl CommandWord {
+    /// The word as it is published.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Pause => "pause",
+            Self::Resume => "resume",
+            Self::Reprocess => "reprocess",
+        }
+    }
+}
+
+/// Why a command is not carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// It is no command, or lacks something.
+    Invalid,
+    /// It has too many bytes.
+    TooLarge,
+    /// The broker kept it, and would send it again with every connection.
+    Retained,
+    /// The export folder is not there, so no file can be looked for.
+    FolderAway,
+}
+
+impl Refusal {
+    /// The code as it is published.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Invalid => "invalid",
+            Self::TooLarge => "too_large",
+            Self::Retained => "retained",
+            Self::FolderAway => "folder_away",
+        }
+    }
+}
+
+/// Payload of `<base>/command/result`.
+#[derive(Debug, Clone, Serialize)]
+pub struct CommandResultMessage<'a> {
+    /// `scansentry/command-result/1`.
+    pub schema: &'static str,
+    /// The same in every resend.
+    pub event_id: Pseudonym,
+    /// The command's.
+    pub id: Option<&'a str>,
+    /// The command.
+    pub command: Option<CommandWord>,
+    /// `device.id`.
+    pub device: &'a str,
+    /// `device.site`.
+    pub site: &'a str,
+    /// When, UTC.
+    pub at: String,
+    /// `done` or `refused`.
+    pub status: &'static str,
+    /// Why refused.
+    pub error: Option<Reason>,
+    /// What a reprocess found.
+    pub reprocess: Option<ReprocessMessage>,
+}
+
+/// What a reprocess found.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct ReprocessMessage {
+    /// Scans that are classified again.
+    pub queued: u64,
+    /// Scans whose files have left the folder.
+    pub gone: u64,
+    /// Ids without an outcome here.
+    pub unknown: u64,
 }
 
 /// Totals of the ledger.
@@ -348,14 +636,24 @@ pub struct StudyState {
     pub top_scan: Option<ScanId>,
     /// Alert messages so far; 0 means that no alert was raised.
     pub alert_revision: u64,
+    /// Whether pictures may still come.
+    pub open: bool,
+    /// Whether its alert is raised and not closed.
+    pub alert_open: bool,
+    /// Positive pictures when the alert last said something.
+    pub alert_positives: u64,
+    /// How often it has been closed.
+    pub closings: u64,
+    /// The positive pictures with the highest probabilities; looked up only for a message that says them.
+    pub positive_pictures: Vec<PositivePicture>,
 }
 
 /// What is to be said about a study's alert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AlertChange {
-    /// The first positive picture.
+    /// The rule is met, for the first time or again after the study was closed.
     Raised,
-    /// More positive pictures since the last message.
+    /// Another count of positive pictures than in the last message.
     Updated,
     /// The study has been quiet.
     Closed,
@@ -440,12 +738,17 @@ pub struct Reporter {
 }
 
 impl Reporter {
-    /// The results of a scan, one for each picture.
-    pub fn results(&self, examined: &Examined, study_id: Pseudonym) -> Vec<OutboxMessage> {
+    /// The results of a scan, one for each picture; `revision` is how often it has been classified.
+    pub fn results(
+        &self,
+        examined: &Examined,
+        study_id: Pseudonym,
+        revision: u64,
+    ) -> Vec<OutboxMessage> {
         examined
             .pictures
             .iter()
-            .map(|picture| self.result(examined, picture, study_id))
+            .map(|picture| self.result(examined, picture, study_id, revision))
             .collect()
     }
 
@@ -454,19 +757,22 @@ impl Reporter {
         examined: &Examined,
         picture: &ClassifiedPicture,
         study_id: Pseudonym,
+        revision: u64,
     ) -> OutboxMessage {
         let found = picture.outcome.as_ref().ok();
         let rejected = picture.outcome.as_ref().err();
         let prediction = found.map(|c| &c.prediction);
         let event_id = self.event_id(
-            "result",
+            Kind::Result,
             examined.scan_id,
             u64::from(picture.frame.unwrap_or(0)),
+            revision,
         );
         let payload = ResultMessage {
-            schema: "scansentry/result/1",
+            schema: Kind::Result.schema(),
             event_id,
             scan_id: examined.scan_id,
+            revision,
             study_id,
             series_id: examined.series_id,
             modality: examined.modality,
@@ -492,14 +798,14 @@ impl Reporter {
             replayed: examined.attempt > 1,
             notice: NOTICE,
         };
-        self.outbox_message("result", event_id, &payload)
+        self.outbox_message(Kind::Result, event_id, &payload)
     }
 
     /// A change of a study's alert.
     pub fn alert(&self, study: &StudyState, change: AlertChange) -> OutboxMessage {
-        let event_id = self.event_id("alert", study.study_id, study.alert_revision);
+        let event_id = self.event_id(Kind::Alert, study.study_id, study.alert_revision, 1);
         let payload = AlertMessage {
-            schema: "scansentry/alert/1",
+            schema: Kind::Alert.schema(),
             event_id,
             alert_id: self.key.pseudonym("alert", &[&study.study_id.0]),
             revision: study.alert_revision,
@@ -512,22 +818,24 @@ impl Reporter {
             positives: study.positives,
             max_probability: study.max_probability,
             top_scan_id: study.top_scan,
+            positive_scans: &study.positive_pictures,
             threshold: self.threshold,
             model: &self.model,
             statement: Decision::Positive.statement(),
             notice: NOTICE,
         };
-        self.outbox_message("alert", event_id, &payload)
+        self.outbox_message(Kind::Alert, event_id, &payload)
     }
 
-    /// The summary of a study that has been quiet.
-    pub fn study(&self, study: &StudyState) -> OutboxMessage {
-        // A DICOM study may be continued after it was closed; each closing is an event of its own.
-        let event_id = self.event_id("study", study.study_id, study.images);
+    /// The summary of a study that has been quiet; `complete` when no file waits.
+    pub fn study(&self, study: &StudyState, complete: bool) -> OutboxMessage {
+        // A study may go on after it was closed; each closing is an event of its own.
+        let event_id = self.event_id(Kind::Study, study.study_id, study.images, study.closings);
         let payload = StudyMessage {
-            schema: "scansentry/study/1",
+            schema: Kind::Study.schema(),
             event_id,
             study_id: study.study_id,
+            revision: study.closings,
             device: &self.sender.device,
             site: &self.sender.site,
             opened_at: rfc3339_seconds(study.opened_at),
@@ -537,28 +845,121 @@ impl Reporter {
             rejected: study.rejected,
             max_probability: study.max_probability,
             top_scan_id: study.top_scan,
+            positive_scans: &study.positive_pictures,
+            complete,
             model: &self.model,
             notice: NOTICE,
         };
-        self.outbox_message("study", event_id, &payload)
+        self.outbox_message(Kind::Study, event_id, &payload)
     }
 
-    /// The same whenever the same event is encoded, so that subscribers can drop duplicates.
-    fn event_id(&self, kind: &str, subject: Pseudonym, number: u64) -> Pseudonym {
-        self.key.pseudonym(
-            "event",
-            &[
-                kind.as_bytes(),
-                &subject.0,
-                self.model.sha256.as_bytes(),
-                &number.to_le_bytes(),
-            ],
-        )
+    /// The preview of a picture of a scan: its prediction, study and revision, size in pixels and PNG in base64, and map.
+    pub fn preview(
+        &self,
+        examined: &Examined,
+        frame: Option<u32>,
+        prediction: &Prediction,
+        (study_id, revision): (Pseudonym, u64),
+        ((width, height), png): ((u32, u32), &str),
+        heatmap: Option<&HeatmapMessage>,
+    ) -> Vec<u8> {
+        let number = u64::from(frame.unwrap_or(0));
+        encode(&PreviewMessage {
+            schema: Kind::Preview.schema(),
+            event_id: self.event_id(Kind::Preview, examined.scan_id, number, revision),
+            scan_id: examined.scan_id,
+            study_id,
+            frame,
+            device: &self.sender.device,
+            site: &self.sender.site,
+            at: rfc3339(jiff::Timestamp::now()),
+            width,
+            height,
+            image: ImageMessage {
+                media_type: "image/png",
+                base64: png,
+            },
+            heatmap,
+            decision: prediction.decision,
+            probability: prediction.probability,
+            notice: NOTICE,
+        })
+    }
+
+    /// The answer to a command that was carried out.
+    pub fn answer(
+        &self,
+        id: &str,
+        word: CommandWord,
+        reprocess: Option<ReprocessMessage>,
+    ) -> OutboxMessage {
+        let parts: [&[u8]; 3] = [b"command", b"done", id.as_bytes()];
+        let event_id = self.key.pseudonym("event", &parts);
+        let payload = CommandResultMessage {
+            schema: Kind::CommandResult.schema(),
+            event_id,
+            id: Some(id),
+            command: Some(word),
+            device: &self.sender.device,
+            site: &self.sender.site,
+            at: rfc3339(jiff::Timestamp::now()),
+            status: "done",
+            error: None,
+            reprocess,
+        };
+        self.outbox_message(Kind::CommandResult, event_id, &payload)
+    }
+
+    /// The answer to a command that is not carried out.
+    pub fn refusal(&self, received: &Received, refusal: Refusal, message: &str) -> OutboxMessage {
+        let parts: [&[u8]; 3] = [b"command", b"refused", &received.payload];
+        let event_id = self.key.pseudonym("event", &parts);
+        // As much as can be read of it, so that the sender knows it again.
+        let command: Option<Value> = serde_json::from_slice(&received.payload).ok();
+        let id = command.as_ref().and_then(|c| c["id"].as_str());
+        let word = command
+            .as_ref()
+            .and_then(|c| CommandWord::deserialize(&c["command"]).ok());
+        let payload = CommandResultMessage {
+            schema: Kind::CommandResult.schema(),
+            event_id,
+            id: id.filter(|id| id.len() <= 256),
+            command: word,
+            device: &self.sender.device,
+            site: &self.sender.site,
+            at: rfc3339(jiff::Timestamp::now()),
+            status: "refused",
+            error: Some(Reason {
+                code: refusal.as_str(),
+                message: message
+                    .chars()
+                    .map(|c| if c.is_control() { ' ' } else { c })
+                    .take(300)
+                    .collect(),
+            }),
+            reprocess: None,
+        };
+        self.outbox_message(Kind::CommandResult, event_id, &payload)
+    }
+
+    /// The same whenever the same event is encoded, so that subscribers can drop duplicates. The first revision is left out of it, so
+    /// that an appliance whose ledger was lost says the same ids again.
+    fn event_id(&self, kind: Kind, subject: Pseudonym, number: u64, revision: u64) -> Pseudonym {
+        let (number, again) = (number.to_le_bytes(), revision.to_le_bytes());
+        let parts: [&[u8]; 5] = [
+            kind.suffix().as_bytes(),
+            &subject.0,
+            self.model.sha256.as_bytes(),
+            &number,
+            &again,
+        ];
+        let count = if revision > 1 { 5 } else { 4 };
+        self.key.pseudonym("event", &parts[..count])
     }
 
     fn outbox_message(
         &self,
-        kind: &str,
+        kind: Kind,
         event_id: Pseudonym,
         payload: &impl Serialize,
     ) -> OutboxMessage {

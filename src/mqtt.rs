@@ -36,7 +36,7 @@ pub struct Settings {
     keep_alive: Duration,
     connect_timeout: Duration,
     inflight: u16,
-    will: Option<(String, &'static [u8])>,
+    will: Option<(String, &'static [u8], Sending)>,
 }
 
 impl std::fmt::Debug for Settings {
@@ -89,10 +89,10 @@ impl Settings {
         })
     }
 
-    /// The same with a retained last will.
+    /// The same with a last will.
     #[must_use]
-    pub fn with_will(mut self, topic: String, payload: &'static [u8]) -> Self {
-        self.will = Some((topic, payload));
+    pub fn with_will(mut self, topic: String, payload: &'static [u8], sending: Sending) -> Self {
+        self.will = Some((topic, payload, sending));
         self
     }
 
@@ -171,6 +171,27 @@ fn certificates(key: &str, path: &str) -> Result<Vec<CertificateDer<'static>>, S
     }
 }
 
+/// How a message is sent: retained or not, and its MQTT 5 properties, which MQTT 3.1.1 leaves out. Payloads are always UTF-8 text, and
+/// are marked as such.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Sending {
+    /// Whether the broker keeps the message for those who subscribe later.
+    pub retain: bool,
+    /// Content type, such as `application/json`.
+    pub content_type: Option<&'static str>,
+    /// Seconds that the broker keeps the message for a subscriber that is away; `None` is as long as it likes.
+    pub expiry_s: Option<u32>,
+    /// User properties: names and values.
+    pub user: Vec<(&'static str, &'static str)>,
+}
+
+impl Sending {
+    fn user_properties(&self) -> Vec<(String, String)> {
+        let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        self.user.iter().map(owned).collect()
+    }
+}
+
 /// Names one published message within its session.
 pub type Ticket = u64;
 
@@ -238,12 +259,12 @@ impl Session {
             if let Some((user, password)) = &settings.login {
                 options.set_credentials(user, password);
             }
-            if let Some((topic, payload)) = &settings.will {
+            if let Some((topic, payload, sending)) = &settings.will {
                 options.set_last_will(rumqttc::LastWill::new(
                     topic,
                     payload.to_vec(),
                     rumqttc::QoS::AtLeastOnce,
-                    true,
+                    sending.retain,
                 ));
             }
             let (client, mut event_loop) = rumqttc::AsyncClient::new(options, requests);
@@ -274,13 +295,21 @@ impl Session {
             if let Some((user, password)) = &settings.login {
                 options.set_credentials(user, password);
             }
-            if let Some((topic, payload)) = &settings.will {
+            if let Some((topic, payload, sending)) = &settings.will {
                 options.set_last_will(v5::mqttbytes::v5::LastWill::new(
                     topic,
                     payload.to_vec(),
                     v5::mqttbytes::QoS::AtLeastOnce,
-                    true,
-                    None,
+                    sending.retain,
+                    Some(v5::mqttbytes::v5::LastWillProperties {
+                        delay_interval: None,
+                        payload_format_indicator: Some(1),
+                        message_expiry_interval: sending.expiry_s,
+                        content_type: sending.content_type.map(str::to_owned),
+                        response_topic: None,
+                        correlation_data: None,
+                        user_properties: sending.user_properties(),
+                    }),
                 ));
             }
             let (client, event_loop) = v5::AsyncClient::new(options, requests);
@@ -315,9 +344,9 @@ impl Session {
         &mut self,
         topic: &str,
         payload: Vec<u8>,
-        retain: bool,
-        json: bool,
+        sending: &Sending,
     ) -> Result<Ticket, Gone> {
+        let retain = sending.retain;
         match &self.client {
             Client::V4(client) => {
                 client
@@ -328,7 +357,9 @@ impl Session {
             Client::V5(client) => {
                 let properties = v5::mqttbytes::v5::PublishProperties {
                     payload_format_indicator: Some(1),
-                    content_type: json.then(|| "application/json".into()),
+                    content_type: sending.content_type.map(str::to_owned),
+                    message_expiry_interval: sending.expiry_s,
+                    user_properties: sending.user_properties(),
                     ..Default::default()
                 };
                 client

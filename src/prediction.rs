@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::imaging::Picture;
 use crate::imaging::quality::Assessment;
 use crate::manifest::{Activation, DecisionRule, Output};
 
@@ -192,8 +193,10 @@ pub struct Timings {
 pub struct Classified {
     /// What the model said.
     pub prediction: Prediction,
-    /// What it saw of the picture.
+    /// Where in the picture it looked.
     pub roi: Roi,
+    /// What it saw there, cropped and resized; kept only for previews.
+    pub seen: Option<Picture>,
     /// What was measured on the picture; `None` where the model takes pictures uncropped.
     pub quality: Option<Assessment>,
     /// How long the stages took.

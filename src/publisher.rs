@@ -14,16 +14,21 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::sync::Notify;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::config::{Health as HealthConfig, Mqtt};
+use crate::config::{Health as HealthConfig, HomeAssistant, Mqtt};
 use crate::health::{Condition, Conditions, Health};
-use crate::message::{self, Backlog, ConditionMessage, HealthMessage, Reporter, rfc3339};
-use crate::mqtt::{Event, Gone, Session, Settings, Ticket};
+use crate::home_assistant;
+use crate::message::{
+    self, Backlog, COMMAND_TOPIC, ConditionMessage, HealthMessage, Kind, Received, Reporter,
+    rfc3339,
+};
+use crate::mqtt::{Event, Gone, Sending, Session, Settings, Ticket};
+use crate::preview::Inlet;
 use crate::progress::Stopwatch;
-use crate::store::{Store, StoreError};
+use crate::store::{Ledger, Store, StoreError};
 
 /// Payload of the retained status topic while connected.
 pub const ONLINE: &[u8] = b"online";
@@ -34,6 +39,12 @@ pub const OFFLINE: &[u8] = b"offline";
 
 /// How long to leave a refused message alone.
 const REFUSED_PAUSE: Duration = Duration::from_mins(1);
+
+/// Previews on their way at the same time.
+const PREVIEWS: usize = 8;
+
+/// The ledger's note of where the appliance was described to Home Assistant.
+const DESCRIBED: &str = "described";
 
 /// How long the goodbye may take.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -54,6 +65,12 @@ pub struct Publisher {
     pub health: Health,
     /// Who publishes.
     pub reporter: Arc<Reporter>,
+    /// Previews that wait, if they are wanted.
+    pub previews: Option<Inlet>,
+    /// Where commands go, if they are obeyed.
+    pub commands: Option<mpsc::Sender<Received>>,
+    /// Whether and where to describe the appliance.
+    pub home_assistant: HomeAssistant,
     /// Files in hand, for the health message.
     pub backlog: Arc<AtomicU64>,
     /// The runtime, for the health message.
@@ -82,23 +99,35 @@ impl From<Gone> for Ended {
 
 impl Publisher {
     /// Publishes until `stop`, then for at most `mqtt.drain_s` more until the outbox is empty, then says goodbye.
-    pub async fn run(self, stop: CancellationToken) -> Result<(), StoreError> {
-        let end = self.publish(&stop).await;
+    pub async fn run(mut self, stop: CancellationToken) -> Result<(), StoreError> {
+        let previews = self.previews.take();
+        let end = self.publish(previews, &stop).await;
         self.turn.stop();
         end
     }
 
-    async fn publish(&self, stop: &CancellationToken) -> Result<(), StoreError> {
-        let settings = self
-            .settings
-            .clone()
-            .with_will(self.reporter.sender.topic("status"), OFFLINE);
+    async fn publish(
+        &self,
+        mut previews: Option<Inlet>,
+        stop: &CancellationToken,
+    ) -> Result<(), StoreError> {
+        let settings = self.settings.clone().with_will(
+            self.reporter.sender.topic(Kind::Status),
+            OFFLINE,
+            self.sending(Some(Kind::Status), false),
+        );
         let started = jiff::Timestamp::now();
         let mut backoff = Backoff::new(&self.mqtt);
+        // What waits from an earlier run may have been sent by it.
+        let newest = self.store.call(|ledger| ledger.newest_pending()).await;
+        let mut sent_before = newest.unwrap_or_default();
         loop {
             self.turn.start();
-            let mut connection = Connection::new(self, &settings, started);
-            match connection.run(stop, &mut backoff).await {
+            let mut connection =
+                Connection::new(self, &settings, previews.as_mut(), started, sent_before);
+            let ended = connection.run(stop, &mut backoff).await;
+            sent_before = connection.sent_now;
+            match ended {
                 Ended::Stop => {
                     connection.farewell().await;
                     return Ok(());
@@ -125,10 +154,65 @@ impl Publisher {
     }
 }
 
+impl Publisher {
+    /// How a message of a kind is sent. Retained messages say how things are, so they stay until the next one.
+    fn sending(&self, kind: Option<Kind>, replay: bool) -> Sending {
+        let Some(kind) = kind else {
+            return Sending::default();
+        };
+        let mut user = vec![("schema", kind.schema())];
+        if replay {
+            user.push(("replay", "true"));
+        }
+        let expiry_s = self.mqtt.expiry_s;
+        Sending {
+            retain: kind.retained(),
+            content_type: Some(kind.content_type()),
+            expiry_s: (expiry_s > 0 && !kind.retained()).then_some(expiry_s),
+            user,
+        }
+    }
+
+    fn command_topic(&self) -> String {
+        format!("{}/{COMMAND_TOPIC}", self.reporter.sender.topic_base)
+    }
+
+    /// Where the appliance is described to Home Assistant, if it is.
+    fn description_topic(&self) -> Option<String> {
+        let HomeAssistant { enabled, prefix } = &self.home_assistant;
+        enabled.then(|| home_assistant::topic(prefix, &self.reporter.sender))
+    }
+
+    /// Notes where the appliance is described, so that it can be withdrawn there.
+    async fn note_description(&self) {
+        let topic = self.description_topic();
+        let noted = self
+            .store
+            .call(move |ledger| ledger.set_note(DESCRIBED, topic.as_deref()))
+            .await;
+        if let Err(error) = noted {
+            tracing::debug!("description: {error}");
+        }
+    }
+}
+
+/// What is to be said as soon as the outbox has been sent.
+#[derive(Default)]
+struct Due {
+    /// The health has changed in a way that subscribers wait for.
+    health: bool,
+    /// Home Assistant wants the description again.
+    description: bool,
+}
+
 /// One connection.
 struct Connection<'a> {
     publisher: &'a Publisher,
     session: Session,
+    previews: Option<&'a mut Inlet>,
+    due: Due,
+    /// The message that withdraws an old description.
+    withdrawing: Option<Ticket>,
     started: jiff::Timestamp,
     /// Outbox messages sent and not acknowledged: which, and when sent.
     in_flight: HashMap<Ticket, (i64, Instant)>,
@@ -143,13 +227,26 @@ struct Connection<'a> {
     refused_until: Option<Instant>,
     last_sent: i64,
     more: bool,
+    /// Outbox messages up to this one may have reached the broker before: on an earlier connection, or in an earlier run.
+    sent_before: i64,
+    /// The latest outbox message that was sent on this connection.
+    sent_now: i64,
 }
 
 impl<'a> Connection<'a> {
-    fn new(publisher: &'a Publisher, settings: &Settings, started: jiff::Timestamp) -> Self {
+    fn new(
+        publisher: &'a Publisher,
+        settings: &Settings,
+        previews: Option<&'a mut Inlet>,
+        started: jiff::Timestamp,
+        sent_before: i64,
+    ) -> Self {
         Self {
             publisher,
             session: Session::open(settings),
+            previews,
+            due: Due::default(),
+            withdrawing: None,
             started,
             in_flight: HashMap::new(),
             own: HashMap::new(),
@@ -159,6 +256,8 @@ impl<'a> Connection<'a> {
             refused_until: None,
             last_sent: 0,
             more: true,
+            sent_before,
+            sent_now: sent_before,
         }
     }
 
@@ -190,7 +289,13 @@ impl<'a> Connection<'a> {
             broker = self.publisher.settings.broker(),
             "connected to the broker"
         );
-        self.publish_own("status", ONLINE.to_vec(), false).await?;
+        self.publish_own(Kind::Status, ONLINE.to_vec()).await?;
+        if self.publisher.commands.is_some() {
+            self.session
+                .subscribe(&self.publisher.command_topic())
+                .await?;
+        }
+        self.describe().await?;
 
         let ack_timeout = Duration::from_secs(self.publisher.mqtt.ack_timeout_s);
         let mut conditions = self.publisher.health.subscribe();
@@ -200,7 +305,21 @@ impl<'a> Connection<'a> {
         let mut drain_until: Option<Instant> = None;
         loop {
             self.publisher.turn.start();
+            let taken = self
+                .previews
+                .as_mut()
+                .is_some_and(|previews| previews.take());
+            // What was recorded before these previews is sent before them.
+            self.more |= taken;
             self.send().await?;
+            self.send_previews().await?;
+            if std::mem::take(&mut self.due.health) {
+                let now = conditions.borrow_and_update().clone();
+                self.publish_health(now).await?;
+            }
+            if std::mem::take(&mut self.due.description) {
+                self.publish_description().await?;
+            }
             if let Some(until) = drain_until
                 && ((self.in_flight.is_empty() && self.unconfirmed.is_empty() && !self.more)
                     || until <= Instant::now())
@@ -259,13 +378,87 @@ impl<'a> Connection<'a> {
                 if self.refused.contains(&message.seq) {
                     continue;
                 }
+                let (kind, replay) = (
+                    Kind::of_topic(&message.topic),
+                    message.seq <= self.sent_before,
+                );
+                // It counts the open alerts.
+                self.due.health |= kind == Some(Kind::Alert);
+                let sending = self.publisher.sending(kind, replay);
                 let ticket = self
-                    .publish(&message.topic, message.payload, false, true)
+                    .publish(&message.topic, message.payload, &sending)
                     .await?;
+                self.sent_now = self.sent_now.max(message.seq);
                 self.in_flight.insert(ticket, (message.seq, Instant::now()));
             }
         }
         Ok(())
+    }
+
+    /// Sends the previews that wait, once nothing is left in the outbox that belongs before them.
+    async fn send_previews(&mut self) -> Result<(), Ended> {
+        while !self.more
+            && self.own.len() < PREVIEWS
+            && let Some(payload) = self.previews.as_mut().and_then(|previews| previews.pop())
+        {
+            self.publish_own(Kind::Preview, payload).await?;
+        }
+        Ok(())
+    }
+
+    /// Describes the appliance to Home Assistant, or withdraws what was said under another name or before it was switched off.
+    async fn describe(&mut self) -> Result<(), Ended> {
+        let publisher = self.publisher;
+        let wanted = publisher.description_topic();
+        let noted = publisher.store.call(|ledger| ledger.note(DESCRIBED)).await;
+        // A ledger that cannot be read now can be at the next connection.
+        let noted = noted.unwrap_or_default();
+        if let Some(old) = noted.as_ref().filter(|old| wanted.as_ref() != Some(old)) {
+            let retained = Sending {
+                retain: true,
+                ..Sending::default()
+            };
+            let ticket = self.publish(old, Vec::new(), &retained).await?;
+            self.own.insert(ticket, Instant::now());
+            self.withdrawing = Some(ticket);
+        } else if noted != wanted {
+            publisher.note_description().await;
+        }
+        if publisher.home_assistant.enabled {
+            let birth = home_assistant::birth_topic(&publisher.home_assistant.prefix);
+            self.session.subscribe(&birth).await?;
+            self.publish_description().await?;
+        }
+        Ok(())
+    }
+
+    async fn publish_description(&mut self) -> Result<(), Ended> {
+        let Some(topic) = self.publisher.description_topic() else {
+            return Ok(());
+        };
+        let description = home_assistant::description(&self.publisher.reporter.sender);
+        let retained = Sending {
+            retain: true,
+            content_type: Some("application/json"),
+            ..Sending::default()
+        };
+        let payload = message::encode(&description);
+        let ticket = self.publish(&topic, payload, &retained).await?;
+        self.own.insert(ticket, Instant::now());
+        Ok(())
+    }
+
+    /// Takes a message of a topic that was subscribed to.
+    fn take_message(&mut self, topic: &str, payload: Vec<u8>, retained: bool) {
+        let publisher = self.publisher;
+        if topic == home_assistant::birth_topic(&publisher.home_assistant.prefix) {
+            self.due.description |= payload == home_assistant::BIRTH;
+        } else if let Some(commands) = &publisher.commands
+            && topic == publisher.command_topic()
+            && commands.try_send(Received { payload, retained }).is_err()
+        {
+            tracing::debug!("a command was dropped: too many wait");
+        }
     }
 
     /// Handles an event and all others that are there, so that their confirmations share one transaction.
@@ -281,6 +474,10 @@ impl<'a> Connection<'a> {
                         acknowledged = true;
                     }
                     self.own.remove(&ticket);
+                    if self.withdrawing == Some(ticket) {
+                        self.withdrawing = None;
+                        self.publisher.note_description().await;
+                    }
                     backoff.reset();
                 }
                 Event::Refused(ticket, reason) => {
@@ -298,7 +495,12 @@ impl<'a> Connection<'a> {
                         .raise(Condition::BrokerRefuses, message);
                 }
                 Event::Lost(reason) => lost = Some(reason),
-                Event::Connected | Event::Message { .. } => {}
+                Event::Message {
+                    topic,
+                    payload,
+                    retained,
+                } => self.take_message(&topic, payload, retained),
+                Event::Connected => {}
             }
             next = self.session.try_next();
         }
@@ -354,6 +556,7 @@ impl<'a> Connection<'a> {
             self.refused.clear();
             self.refused_until = None;
             self.last_sent = 0;
+            self.sent_before = self.sent_now;
             self.more = true;
         }
         Ok(())
@@ -364,31 +567,32 @@ impl<'a> Connection<'a> {
         &mut self,
         topic: &str,
         payload: Vec<u8>,
-        retain: bool,
-        json: bool,
+        sending: &Sending,
     ) -> Result<Ticket, Ended> {
         let patience = Duration::from_secs(self.publisher.mqtt.ack_timeout_s);
-        let publishing = self.session.publish(topic, payload, retain, json);
+        let publishing = self.session.publish(topic, payload, sending);
         match tokio::time::timeout(patience, publishing).await {
             Ok(published) => Ok(published?),
             Err(_) => Err(Ended::Lost("the connection takes no messages".into())),
         }
     }
 
-    async fn publish_own(&mut self, kind: &str, payload: Vec<u8>, json: bool) -> Result<(), Ended> {
+    async fn publish_own(&mut self, kind: Kind, payload: Vec<u8>) -> Result<(), Ended> {
         let topic = self.publisher.reporter.sender.topic(kind);
-        let ticket = self.publish(&topic, payload, true, json).await?;
+        let sending = self.publisher.sending(Some(kind), false);
+        let ticket = self.publish(&topic, payload, &sending).await?;
         self.own.insert(ticket, Instant::now());
         Ok(())
     }
 
     async fn publish_health(&mut self, conditions: Conditions) -> Result<(), Ended> {
-        let Ok(counts) = self.publisher.store.call(|ledger| ledger.counts()).await else {
+        let totals = |ledger: &mut Ledger| Ok((ledger.counts()?, ledger.open_alerts()?));
+        let Ok((counts, open_alerts)) = self.publisher.store.call(totals).await else {
             return Ok(());
         };
         let reporter = &self.publisher.reporter;
         let payload = message::encode(&HealthMessage {
-            schema: "scansentry/health/1",
+            schema: Kind::Health.schema(),
             device: &reporter.sender.device,
             site: &reporter.sender.site,
             at: rfc3339(jiff::Timestamp::now()),
@@ -409,13 +613,15 @@ impl<'a> Connection<'a> {
                 files: self.publisher.backlog.load(Ordering::Relaxed),
                 messages: counts.outbox,
             },
+            open_alerts,
             counts,
+            previews: self.previews.as_ref().map(|previews| previews.counts()),
             started_at: rfc3339(self.started),
             version: env!("CARGO_PKG_VERSION"),
             model: &reporter.model,
             engine: &self.publisher.engine,
         });
-        self.publish_own("health", payload, true).await
+        self.publish_own(Kind::Health, payload).await
     }
 
     /// Leaves the retained "stopped" and closes the connection in order.
@@ -423,7 +629,7 @@ impl<'a> Connection<'a> {
         let stopped = !self.publisher.stay_online.load(Ordering::Relaxed);
         if stopped
             && self
-                .publish_own("status", STOPPED.to_vec(), false)
+                .publish_own(Kind::Status, STOPPED.to_vec())
                 .await
                 .is_ok()
         {

@@ -4,6 +4,7 @@
 //! ([`Ledger::record`](crate::store::Ledger::record)). What depends on time happens here.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -19,12 +20,13 @@ const TICK: Duration = Duration::from_secs(1);
 /// Studies tended in one transaction.
 const BATCH: usize = 100;
 
-/// Tends studies until `stop`; wakes `outbox` when there is something to publish.
+/// Tends studies until `stop`; wakes `outbox` when there is something to publish. `backlog` is how many files wait.
 pub async fn run(
     config: Alert,
     store: Store,
     reporter: Arc<Reporter>,
     outbox: Arc<Notify>,
+    backlog: Arc<AtomicU64>,
     stop: CancellationToken,
 ) {
     loop {
@@ -35,10 +37,11 @@ pub async fn run(
         let now = jiff::Timestamp::now().as_second();
         let (quiet, update) = (now - config.quiet_s as i64, now - config.update_s as i64);
         let reporter = reporter.clone();
+        let complete = backlog.load(Ordering::Relaxed) == 0;
         let tended = store
             .call(move |ledger| {
                 ledger.tend_studies(now, quiet, update, BATCH, |study, change| {
-                    messages(&reporter, study, change)
+                    messages(&reporter, study, change, complete)
                 })
             })
             .await;
@@ -53,8 +56,13 @@ pub async fn run(
     }
 }
 
-fn messages(reporter: &Reporter, study: &StudyState, change: AlertChange) -> Vec<OutboxMessage> {
-    let alert = (study.alert_revision > 0).then(|| reporter.alert(study, change));
-    let summary = (change == AlertChange::Closed).then(|| reporter.study(study));
+fn messages(
+    reporter: &Reporter,
+    study: &StudyState,
+    change: Option<AlertChange>,
+    complete: bool,
+) -> Vec<OutboxMessage> {
+    let alert = change.map(|change| reporter.alert(study, change));
+    let summary = (!study.open).then(|| reporter.study(study, complete));
     alert.into_iter().chain(summary).collect()
 }

@@ -51,7 +51,7 @@ pub enum Hint {
         /// Whether file events cannot be relied on.
         polling: bool,
     },
-    /// Events were lost: walk everything.
+    /// Events were lost, or known files are to be looked at again: walk everything.
     Overflow,
 }
 

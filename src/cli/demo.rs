@@ -53,6 +53,7 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
     config.model.bundle.clone_from(&args.bundle);
     config.mqtt.url = broker.url();
     config.alert.quiet_s = 5;
+    config.preview.enabled = true;
     config.log.level = "warn,rumqttd=off".into();
     config.log.format = LogFormat::Text;
     telemetry::init(&config.log);

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc as std_mpsc;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch as watch_channel};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -88,6 +88,8 @@ pub struct Intake {
     no_room: bool,
     pruned_day: i64,
     care: Care,
+    /// Whether no new file is to be started.
+    held: watch_channel::Receiver<bool>,
 }
 
 /// Whether files are worked on one at a time, because an earlier run died with some in work.
@@ -151,15 +153,15 @@ type Looks = Vec<(PathBuf, Option<Stamp>)>;
 
 impl Intake {
     /// An intake in front of `workers`. It reports how many files it holds through `backlog`. `careful` at first works on one
-    /// file at a time. `turn` is started anew at every turn, at least once in [`ROOM_CHECK`].
+    /// file at a time; while `held` no new file is started.
     pub fn new(
         config: Arc<Config>,
         store: Store,
         health: Health,
         backlog: Arc<AtomicU64>,
         workers: Vec<(std_mpsc::SyncSender<Candidate>, Stopwatch)>,
-        turn: Stopwatch,
         careful: bool,
+        held: watch_channel::Receiver<bool>,
     ) -> Self {
         let (workers, stopwatches): (Vec<_>, Vec<_>) = workers.into_iter().unzip();
         let idle = (0..workers.len()).rev().collect();
@@ -170,7 +172,7 @@ impl Intake {
             backlog,
             workers,
             stopwatches,
-            turn,
+            turn: Stopwatch::default(),
             idle,
             ready: VecDeque::new(),
             taken: HashSet::new(),
@@ -183,7 +185,15 @@ impl Intake {
             no_room: false,
             pruned_day: 0,
             care: if careful { Care::Walking } else { Care::Off },
+            held,
         }
+    }
+
+    /// Starts `turn` anew at every turn, at least once in [`ROOM_CHECK`].
+    #[must_use]
+    pub fn watched_by(mut self, turn: Stopwatch) -> Self {
+        self.turn = turn;
+        self
     }
 
     /// Runs until `stop`; then waits for the files that are in a worker, and ends, and the workers with it.
@@ -221,6 +231,7 @@ impl Intake {
             let next_late = self.walks.next_late();
             tokio::select! {
                 () = stop.cancelled() => break,
+                Ok(()) = self.held.changed() => {}
                 hint = hints.recv() => self.hint(hint.ok_or(IntakeError::Orphaned)?),
                 report = reports.recv() => self.report(report.ok_or(IntakeError::Orphaned)?)?,
                 found = next_found(&mut self.walks.running), if walk_wanted => self.walked(found).await,
@@ -259,7 +270,7 @@ impl Intake {
     }
 
     fn dispatch(&mut self) {
-        if self.no_room || self.paused() {
+        if self.no_room || self.paused() || *self.held.borrow() {
             return;
         }
         // One at a time, so that only the file that kills the process is counted as its cause.
@@ -653,8 +664,8 @@ mod tests {
             Health::default(),
             Arc::new(AtomicU64::new(0)),
             vec![(queue, stopwatch)],
-            Stopwatch::default(),
             false,
+            watch_channel::Sender::new(false).subscribe(),
         );
         let end = intake.run(hints, reports, CancellationToken::new()).await;
         assert!(

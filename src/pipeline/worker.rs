@@ -19,9 +19,12 @@ use crate::imaging::decode::Limits;
 use crate::imaging::dicom::DicomHeader;
 use crate::message::{ClassifiedPicture, Examined, Reporter, millis, outcome_word, rfc3339};
 use crate::prediction::{Decision, RejectCode, RejectReason};
+use crate::preview::Outlet;
 use crate::progress::Stopwatch;
 use crate::scan::{ScanFile, ScanId, Stamp, path_bytes, sha256};
-use crate::store::{Claim, Ledger, NewOutcome, Store, StoreError, StudyGroup};
+use crate::store::{
+    Claim, Ledger, NewOutcome, PictureOutcome, Recorded, Store, StoreError, StudyGroup,
+};
 
 /// Wait between two tries to write to a ledger that cannot be written.
 const RETRY: Duration = Duration::from_millis(500);
@@ -39,6 +42,8 @@ pub struct Context {
     pub reporter: Arc<Reporter>,
     /// Woken when there is something to publish.
     pub outbox: Arc<Notify>,
+    /// Where previews go, if they are wanted.
+    pub previews: Option<Outlet>,
     /// Set when the daemon stops: a worker that waits for a writable ledger gives up.
     pub stopping: Arc<AtomicBool>,
 }
@@ -290,27 +295,31 @@ impl Worker {
     /// Records the outcome and wakes the publisher.
     fn record(&self, examined: Examined, group: StudyGroup) -> Disposition {
         let examined = Arc::new(examined);
-        let alerts = self.context.config.alert.enabled;
+        let rule = self.context.config.alert.rule();
         let recorded = self.write(|| {
             let (reporter, examined) = (self.context.reporter.clone(), examined.clone());
             move |ledger| {
                 let new = outcome_of(&examined, group);
-                ledger.record(&new, now(), alerts, |study, alert| {
-                    let mut messages = reporter.results(&examined, study.study_id);
+                ledger.record(&new, now(), rule, |study, alert, revision| {
+                    let mut messages = reporter.results(&examined, study.study_id, revision);
                     messages.extend(alert.map(|change| reporter.alert(study, change)));
                     messages
                 })
             }
         });
-        match recorded {
-            Some(new) => {
-                if new {
-                    self.context.outbox.notify_one();
-                }
-                Disposition::Done
+        let Some(recorded) = recorded else {
+            return Disposition::Blocked;
+        };
+        if let Some(Recorded { study_id, revision }) = recorded {
+            let context = &self.context;
+            if let Some(previews) = &context.previews {
+                let connected = !context.health.holds(Condition::BrokerAway);
+                previews.offer(&context.reporter, &examined, study_id, revision, connected);
             }
-            None => Disposition::Blocked,
+            // After the previews: they are sent behind the results that this is about.
+            context.outbox.notify_one();
         }
+        Disposition::Done
     }
 
     /// Writes to the ledger; tries again as long as it cannot be written, because what it is about is in memory only. `None` when the daemon
@@ -401,10 +410,19 @@ fn outcome_of(examined: &Examined, group: StudyGroup) -> NewOutcome {
             .probability
             .total_cmp(&b.prediction.probability)
     });
-    let positives = found()
-        .filter(|c| c.prediction.decision == Decision::Positive)
-        .count() as u32;
-    let decision = if positives > 0 {
+    let pictures: Vec<_> = examined
+        .pictures
+        .iter()
+        .map(|picture| {
+            let prediction = picture.outcome.as_ref().ok().map(|c| &c.prediction);
+            PictureOutcome {
+                frame: picture.frame,
+                probability: prediction.map(|p| p.probability),
+                positive: prediction.is_some_and(|p| p.decision == Decision::Positive),
+            }
+        })
+        .collect();
+    let decision = if pictures.iter().any(|p| p.positive) {
         Some(Decision::Positive)
     } else {
         top.map(|c| c.prediction.decision)
@@ -416,8 +434,7 @@ fn outcome_of(examined: &Examined, group: StudyGroup) -> NewOutcome {
         decision: decision.map(Decision::as_str),
         probability: top.map(|c| c.prediction.probability),
         group,
-        images: examined.pictures.len() as u32,
-        positives,
+        pictures,
     }
 }
 

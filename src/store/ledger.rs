@@ -5,13 +5,23 @@ use std::path::{Path, PathBuf};
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, params};
 
 use super::StoreError;
-use crate::message::{AlertChange, Counts, OutboxMessage, StudyState};
+use crate::config::AlertRule;
+use crate::message::{AlertChange, Counts, OutboxMessage, PositivePicture, StudyState};
 use crate::scan::{Pseudonym, ScanFile, ScanId, Stamp, path_bytes, path_from_bytes};
 
-/// Format of the database, in `PRAGMA user_version`.
-const FORMAT: i64 = 1;
+/// Format of the database, in `PRAGMA user_version`: as many as there are steps.
+const FORMAT: i64 = STEPS.len() as i64;
 
-const SCHEMA: &str = "
+/// Each step brings a database from one format to the next; a new one takes all of them.
+const STEPS: [&str; 2] = [FORMAT_1, FORMAT_2];
+
+/// Positive pictures kept by name for each study: those with the highest probabilities.
+const POSITIVES: usize = 32;
+
+/// Answers to commands that are remembered, so that the same command is not carried out twice.
+const ANSWERS: i64 = 100;
+
+const FORMAT_1: &str = "
 CREATE TABLE scan (
   scan_id    BLOB PRIMARY KEY,            -- 16 bytes, keyed hash of the content
   session    INTEGER NOT NULL,            -- the run of the daemon that holds or held the claim
@@ -62,6 +72,40 @@ CREATE TABLE counter (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROW
 INSERT INTO counter VALUES ('session', 0), ('closed', 1);
 ";
 
+/// Scans can be classified again, studies go on after they were closed, alerts have a rule, commands an answer.
+const FORMAT_2: &str = "
+ALTER TABLE scan ADD COLUMN revision INTEGER NOT NULL DEFAULT 1;  -- how often it has been classified
+ALTER TABLE scan ADD COLUMN again INTEGER NOT NULL DEFAULT 0;     -- 1: to be classified again; the outcome stands until then
+ALTER TABLE scan ADD COLUMN study_id BLOB;                        -- what it was counted in, and with how much
+ALTER TABLE scan ADD COLUMN images INTEGER NOT NULL DEFAULT 1;
+ALTER TABLE scan ADD COLUMN positives INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE scan ADD COLUMN rejected INTEGER NOT NULL DEFAULT 0;
+UPDATE scan SET positives = coalesce(decision = 'positive', 0), rejected = coalesce(outcome = 'rejected', 0);
+ALTER TABLE study ADD COLUMN active_at INTEGER NOT NULL DEFAULT 0;   -- last outcome, also of a scan that was classified again
+ALTER TABLE study ADD COLUMN recent INTEGER NOT NULL DEFAULT 0;      -- the last 64 classified pictures, the latest as lowest bit: 1 is positive
+ALTER TABLE study ADD COLUMN alert_open INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE study ADD COLUMN closings INTEGER NOT NULL DEFAULT 0;
+UPDATE study SET active_at = last_at, alert_open = (open AND alert_revision > 0), closings = NOT open;
+DROP INDEX study_open;
+CREATE INDEX study_open ON study(active_at) WHERE open = 1;
+CREATE INDEX study_alert ON study(alert_open) WHERE alert_open = 1;
+CREATE TABLE positive (                     -- the positive pictures with the highest probabilities of each study
+  study_id    BLOB NOT NULL,
+  scan_id     BLOB NOT NULL,
+  frame       INTEGER NOT NULL,             -- 0 for single pictures
+  probability REAL NOT NULL,
+  PRIMARY KEY (study_id, scan_id, frame)
+) WITHOUT ROWID;
+CREATE TABLE answer (                       -- to the latest commands
+  seq      INTEGER PRIMARY KEY AUTOINCREMENT,
+  id       TEXT NOT NULL UNIQUE,
+  event_id BLOB NOT NULL,
+  topic    TEXT NOT NULL,
+  payload  BLOB NOT NULL
+);
+CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+";
+
 /// What a worker may do with a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Claim {
@@ -96,10 +140,71 @@ pub struct NewOutcome {
     pub probability: Option<f64>,
     /// The study to which the scan belongs.
     pub group: StudyGroup,
-    /// Pictures in this scan (frames), rejected ones included.
-    pub images: u32,
-    /// Positive pictures among them.
-    pub positives: u32,
+    /// Its pictures (frames), in order, rejected ones included.
+    pub pictures: Vec<PictureOutcome>,
+}
+
+/// What became of one picture of a scan.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PictureOutcome {
+    /// Frame of a multi-frame file, from 1.
+    pub frame: Option<u32>,
+    /// Its probability; `None` when it was rejected.
+    pub probability: Option<f64>,
+    /// Whether the decision is positive.
+    pub positive: bool,
+}
+
+/// What an outcome was recorded as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Recorded {
+    /// The study that the scan was counted in.
+    pub study_id: Pseudonym,
+    /// How often the scan has been classified.
+    pub revision: u64,
+}
+
+impl NewOutcome {
+    fn share(&self) -> Share {
+        let count = |which: fn(&PictureOutcome) -> bool| {
+            self.pictures.iter().filter(|p| which(p)).count() as i64
+        };
+        let rejected = count(|p| p.probability.is_none());
+        Share {
+            images: self.pictures.len() as i64,
+            positives: count(|p| p.positive),
+            rejected: if self.outcome == "skipped" {
+                0
+            } else {
+                rejected
+            },
+        }
+    }
+}
+
+/// What a scan adds to its study.
+#[derive(Debug, Clone, Copy, Default)]
+struct Share {
+    images: i64,
+    positives: i64,
+    rejected: i64,
+}
+
+/// The outcome that a scan has already.
+struct Earlier {
+    outcome: String,
+    decision: Option<String>,
+    study_id: Option<[u8; 16]>,
+    share: Share,
+}
+
+/// Which past scans are meant.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Selection {
+    /// Those whose outcome was first recorded then or later, seconds since 1970.
+    pub since: Option<i64>,
+    /// Those with these ids.
+    pub scan_ids: Option<Vec<ScanId>>,
 }
 
 /// How a scan finds its study.
@@ -136,17 +241,21 @@ impl Ledger {
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA temp_store = MEMORY;",
         )?;
         let found: i64 = conn.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-        match found {
-            0 => conn.execute_batch(&format!(
-                "BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;"
-            ))?,
-            FORMAT => check_after_crash(&conn)?,
-            _ => {
-                return Err(StoreError::Newer {
-                    found,
-                    known: FORMAT,
-                });
-            }
+        let Some(steps) = usize::try_from(found).ok().and_then(|f| STEPS.get(f..)) else {
+            return Err(StoreError::Newer {
+                found,
+                known: FORMAT,
+            });
+        };
+        if found > 0 {
+            check_after_crash(&conn)?;
+        }
+        if !steps.is_empty() {
+            // All or nothing: a crash half-way leaves the old format.
+            let steps = steps.concat();
+            conn.execute_batch(&format!(
+                "BEGIN IMMEDIATE; {steps} PRAGMA user_version = {FORMAT}; COMMIT;"
+            ))?;
         }
         conn.execute_batch(
             "UPDATE counter SET value = CASE name WHEN 'session' THEN value + 1 ELSE 0 END WHERE name IN ('session', 'closed')",
@@ -158,7 +267,7 @@ impl Ledger {
         )?;
         let outbox = conn.query_row("SELECT count(*) FROM outbox", [], |row| row.get(0))?;
         let suspects = conn.query_row(
-            "SELECT EXISTS (SELECT 1 FROM scan WHERE done_at IS NULL AND attempts > 0)",
+            "SELECT EXISTS (SELECT 1 FROM scan WHERE (done_at IS NULL OR again = 1) AND attempts > 0)",
             [],
             |row| row.get(0),
         )?;
@@ -179,7 +288,12 @@ impl Ledger {
         )?;
         conn.busy_timeout(std::time::Duration::from_secs(2))?;
         let found: i64 = conn.query_row("PRAGMA user_version", [], |row| row.get(0))?;
-        if found != FORMAT {
+        if found < FORMAT {
+            return Err(StoreError::Other(format!(
+                "has format {found}, this version's is {FORMAT}; start the daemon once, which brings it up to date"
+            )));
+        }
+        if found > FORMAT {
             return Err(StoreError::Newer {
                 found,
                 known: FORMAT,
@@ -275,7 +389,7 @@ impl Ledger {
     pub fn unknown(&mut self, files: Vec<ScanFile>, day: i64) -> Result<Vec<ScanFile>> {
         let mut find = self.conn.prepare_cached(
             "SELECT f.seen_day FROM file f JOIN scan s USING (scan_id)
-             WHERE f.path = ?1 AND f.size = ?2 AND f.mtime_ns = ?3 AND f.ctime_ns = ?4 AND f.inode = ?5 AND s.done_at IS NOT NULL",
+             WHERE f.path = ?1 AND f.size = ?2 AND f.mtime_ns = ?3 AND f.ctime_ns = ?4 AND f.inode = ?5 AND s.done_at IS NOT NULL AND s.again = 0",
         )?;
         let mut mark = self
             .conn
@@ -315,19 +429,19 @@ impl Ledger {
         max_attempts: u32,
     ) -> Result<Claim> {
         self.remember(scan_id, file, now)?;
-        let row: Option<(i64, u32, Option<i64>)> = self
+        let row: Option<(i64, u32, bool)> = self
             .conn
-            .prepare_cached("SELECT session, attempts, done_at FROM scan WHERE scan_id = ?1")?
+            .prepare_cached("SELECT session, attempts, done_at IS NOT NULL AND again = 0 FROM scan WHERE scan_id = ?1")?
             .query_row([&scan_id.0[..]], |row| {
                 Ok((row.get(0)?, row.get(1)?, row.get(2)?))
             })
             .optional()?;
         let attempts = match row {
-            Some((_, _, Some(_))) => return Ok(Claim::Known),
-            Some((session, attempts, None)) if session == self.session && attempts > 0 => {
+            Some((_, _, true)) => return Ok(Claim::Known),
+            Some((session, attempts, false)) if session == self.session && attempts > 0 => {
                 return Ok(Claim::InProgress);
             }
-            Some((_, attempts, None)) => attempts,
+            Some((_, attempts, false)) => attempts,
             None => 0,
         };
         self.conn
@@ -350,7 +464,7 @@ impl Ledger {
         let first = "DELETE FROM scan WHERE scan_id = ?1 AND done_at IS NULL AND attempts <= 1";
         self.conn.prepare_cached(first)?.execute([&scan_id.0[..]])?;
         self.conn
-            .prepare_cached("UPDATE scan SET session = 0, attempts = attempts - 1 WHERE scan_id = ?1 AND done_at IS NULL")?
+            .prepare_cached("UPDATE scan SET session = 0, attempts = attempts - 1 WHERE scan_id = ?1 AND (done_at IS NULL OR again = 1) AND attempts > 0")?
             .execute([&scan_id.0[..]])?;
         Ok(())
     }
@@ -379,65 +493,151 @@ impl Ledger {
         Ok(())
     }
 
-    /// Records an outcome with its messages. `encode` is given the study (this scan counted in) and whether an alert is to
-    /// be raised, and returns the messages. `false`, and nothing changed, if the scan already has an outcome.
+    /// Records an outcome with its messages. `encode` is given the study (this scan counted in), whether an alert is to be raised by
+    /// `rule` (`None`: no alerts), and the revision of the outcome, and returns the messages. `None`, and nothing changed, if the scan
+    /// already has an outcome and is not to be classified again.
     pub fn record(
         &mut self,
         new: &NewOutcome,
         now: i64,
-        alerts: bool,
-        encode: impl FnOnce(&StudyState, Option<AlertChange>) -> Vec<OutboxMessage>,
-    ) -> Result<bool> {
-        let changed = self
+        rule: Option<AlertRule>,
+        encode: impl FnOnce(&StudyState, Option<AlertChange>, u64) -> Vec<OutboxMessage>,
+    ) -> Result<Option<Recorded>> {
+        let row: Option<(u64, bool, Option<Earlier>)> = self
             .conn
             .prepare_cached(
-                "UPDATE scan SET done_at = ?2, outcome = ?3, reason = ?4, decision = ?5, probability = ?6
-                 WHERE scan_id = ?1 AND done_at IS NULL",
+                "SELECT revision, again, outcome, decision, study_id, images, positives, rejected FROM scan WHERE scan_id = ?1",
             )?
-            .execute(params![&new.scan_id.0[..], now, new.outcome, new.reason, new.decision, new.probability])?;
-        if changed == 0 {
-            return Ok(false);
+            .query_row([&new.scan_id.0[..]], |row| {
+                let earlier = match row.get(2)? {
+                    None => None,
+                    Some(outcome) => Some(Earlier {
+                        outcome,
+                        decision: row.get(3)?,
+                        study_id: row.get(4)?,
+                        share: Share {
+                            images: row.get(5)?,
+                            positives: row.get(6)?,
+                            rejected: row.get(7)?,
+                        },
+                    }),
+                };
+                Ok((row.get(0)?, row.get(1)?, earlier))
+            })
+            .optional()?;
+        let (revision, earlier) = match row {
+            None | Some((_, false, Some(_))) => return Ok(None),
+            Some((revision, _, None)) => (revision, None),
+            Some((revision, true, Some(earlier))) => (revision + 1, Some(earlier)),
+        };
+        if let Some(earlier) = &earlier {
+            self.count(&earlier.outcome, -1)?;
+            if let Some(decision) = &earlier.decision {
+                self.count(decision, -1)?;
+            }
         }
         self.count(new.outcome, 1)?;
         if let Some(decision) = new.decision {
             self.count(decision, 1)?;
         }
-        let study = self.add_to_study(new, now)?;
-        let raise = alerts && study.positives > 0 && study.alert_revision == 0;
-        let study = if raise {
-            self.note_alert(study, now)?
-        } else {
-            study
-        };
-        for message in encode(&study, raise.then_some(AlertChange::Raised)) {
+        let (study_id, met) = self.add_to_study(new, earlier.as_ref(), now, rule)?;
+        let share = new.share();
+        self.conn
+            .prepare_cached(
+                "UPDATE scan SET done_at = coalesce(done_at, ?2), outcome = ?3, reason = ?4, decision = ?5, probability = ?6,
+                   revision = ?7, again = 0, study_id = ?8, images = ?9, positives = ?10, rejected = ?11 WHERE scan_id = ?1",
+            )?
+            .execute(params![
+                &new.scan_id.0[..],
+                now,
+                new.outcome,
+                new.reason,
+                new.decision,
+                new.probability,
+                revision as i64,
+                &study_id.0[..],
+                share.images,
+                share.positives,
+                share.rejected
+            ])?;
+        if earlier.is_some() {
+            self.find_top_again(study_id, new.scan_id)?;
+        }
+        let mut study = self.study(study_id)?;
+        let raise = met && !study.alert_open;
+        if raise {
+            study = self.note_alert(study, now, true)?;
+        }
+        for message in encode(&study, raise.then_some(AlertChange::Raised), revision) {
             self.enqueue(&message, now)?;
         }
-        Ok(true)
+        Ok(Some(Recorded { study_id, revision }))
     }
 
-    fn add_to_study(&mut self, new: &NewOutcome, now: i64) -> Result<StudyState> {
+    /// Counts a scan into its study, in the place of an earlier outcome if there is one. Returns the study, and whether it meets the
+    /// rule for an alert now.
+    fn add_to_study(
+        &mut self,
+        new: &NewOutcome,
+        earlier: Option<&Earlier>,
+        now: i64,
+        rule: Option<AlertRule>,
+    ) -> Result<(Pseudonym, bool)> {
         let group = &new.group;
         let open: Option<[u8; 16]> = self
             .conn
             .prepare_cached("SELECT study_id FROM study WHERE group_id = ?1 AND open = 1")?
             .query_row([&group.group_id.0[..]], |row| row.get(0))
             .optional()?;
-        let study_id = match open {
+        let usual = match open {
             _ if group.fixed => group.group_id.0,
             Some(id) => id,
             None => group.fresh_id.0,
         };
-        let rejected = if new.outcome == "rejected" {
-            new.images.max(1)
-        } else {
-            0
+        // A scan that is classified again stays in its study, as long as that is remembered.
+        let home = earlier.and_then(|e| e.study_id.or_else(|| group.fixed.then_some(usual)));
+        let state = |id: [u8; 16]| {
+            self.conn
+                .prepare_cached("SELECT open, recent FROM study WHERE study_id = ?1")?
+                .query_row([&id[..]], |row| {
+                    Ok((row.get::<_, bool>(0)?, row.get::<_, i64>(1)?))
+                })
+                .optional()
         };
+        let home_state = match home {
+            Some(id) => state(id)?.map(|state| (id, state)),
+            None => None,
+        };
+        let taken_back = match (&home_state, earlier) {
+            (Some(_), Some(earlier)) => earlier.share,
+            _ => Share::default(),
+        };
+        let (study_id, state) = match home_state {
+            Some((id, state)) => (id, Some(state)),
+            None => (usual, state(usual)?),
+        };
+        // What was before a study was closed does not count towards another alert.
+        let mut recent = match state {
+            Some((true, recent)) => recent.cast_unsigned(),
+            _ => 0,
+        };
+        let share = new.share();
+        let mut met = false;
+        // Classified again with no more positives than before, a scan moves nothing: its pictures have had their place.
+        if taken_back.images == 0 || share.positives > taken_back.positives {
+            for picture in new.pictures.iter().filter(|p| p.probability.is_some()) {
+                recent = recent << 1 | u64::from(picture.positive);
+                met |= rule.is_some_and(|rule| rule.met_by(recent));
+            }
+        }
         self.conn
             .prepare_cached(
-                "INSERT INTO study (study_id, group_id, open, opened_at, last_at, images, positives, rejected, max_probability, top_scan)
-                 VALUES (?1, ?2, 1, ?3, ?3, ?4, ?5, ?6, ?7, CASE WHEN ?7 IS NULL THEN NULL ELSE ?8 END)
-                 ON CONFLICT (study_id) DO UPDATE SET open = 1, last_at = ?3, images = images + ?4, positives = positives + ?5,
-                   rejected = rejected + ?6,
+                "INSERT INTO study (study_id, group_id, open, opened_at, last_at, active_at, images, positives, rejected, max_probability, top_scan, recent)
+                 VALUES (?1, ?2, 1, ?3, ?3, ?3, ?4, ?5, ?6, ?7, CASE WHEN ?7 IS NULL THEN NULL ELSE ?8 END, ?9)
+                 ON CONFLICT (study_id) DO UPDATE SET open = 1, active_at = ?3, recent = ?9,
+                   opened_at = min(opened_at, ?3),
+                   last_at = CASE WHEN ?10 THEN last_at ELSE max(last_at, ?3) END,
+                   images = max(0, images + ?4), positives = max(0, positives + ?5), rejected = max(0, rejected + ?6),
                    top_scan = CASE WHEN ?7 > coalesce(max_probability, -1) THEN ?8 ELSE top_scan END,
                    max_probability = CASE WHEN ?7 > coalesce(max_probability, -1) THEN ?7 ELSE max_probability END",
             )?
@@ -445,13 +645,66 @@ impl Ledger {
                 &study_id[..],
                 &group.group_id.0[..],
                 now,
-                new.images,
-                new.positives,
-                rejected,
+                share.images - taken_back.images,
+                share.positives - taken_back.positives,
+                share.rejected - taken_back.rejected,
                 new.probability,
-                &new.scan_id.0[..]
+                &new.scan_id.0[..],
+                recent.cast_signed(),
+                taken_back.images > 0
             ])?;
-        self.study(Pseudonym(study_id))
+        self.note_positives(&study_id, new, taken_back.positives > 0)?;
+        Ok((Pseudonym(study_id), met))
+    }
+
+    /// Keeps the positive pictures with the highest probabilities of a study.
+    fn note_positives(
+        &mut self,
+        study_id: &[u8; 16],
+        new: &NewOutcome,
+        replace: bool,
+    ) -> Result<()> {
+        let scan_id = &new.scan_id.0[..];
+        if replace {
+            self.conn
+                .prepare_cached("DELETE FROM positive WHERE study_id = ?1 AND scan_id = ?2")?
+                .execute(params![&study_id[..], scan_id])?;
+        }
+        let mut any = false;
+        for picture in new.pictures.iter().filter(|p| p.positive) {
+            self.conn
+                .prepare_cached("INSERT OR REPLACE INTO positive (study_id, scan_id, frame, probability) VALUES (?1, ?2, ?3, ?4)")?
+                .execute(params![
+                    &study_id[..],
+                    scan_id,
+                    picture.frame.unwrap_or(0),
+                    picture.probability
+                ])?;
+            any = true;
+        }
+        if any {
+            self.conn
+                .prepare_cached(
+                    "DELETE FROM positive WHERE study_id = ?1 AND (scan_id, frame) IN
+                       (SELECT scan_id, frame FROM positive WHERE study_id = ?1 ORDER BY probability DESC, scan_id, frame LIMIT -1 OFFSET ?2)",
+                )?
+                .execute(params![&study_id[..], POSITIVES as i64])?;
+        }
+        Ok(())
+    }
+
+    /// Finds the highest probability of a study anew if it belonged to `scan_id`, whose outcome has changed.
+    fn find_top_again(&mut self, study_id: Pseudonym, scan_id: ScanId) -> Result<()> {
+        // By the time of the outcomes, which has an index: no index by study has to be kept for this rare case.
+        self.conn
+            .prepare_cached(
+                "UPDATE study SET (top_scan, max_probability) = (SELECT s.scan_id, s.probability FROM scan s
+                   WHERE s.done_at BETWEEN study.opened_at AND study.last_at AND s.study_id = study.study_id AND s.probability IS NOT NULL
+                   ORDER BY s.probability DESC LIMIT 1)
+                 WHERE study_id = ?1 AND top_scan = ?2",
+            )?
+            .execute(params![&study_id.0[..], &scan_id.0[..]])?;
+        Ok(())
     }
 
     fn study(&self, study_id: Pseudonym) -> Result<StudyState> {
@@ -461,23 +714,44 @@ impl Ledger {
             .query_row([&study_id.0[..]], study_row)?)
     }
 
-    fn note_alert(&mut self, mut study: StudyState, now: i64) -> Result<StudyState> {
+    /// The positive pictures of a study with the highest probabilities, highest first.
+    fn positives(&self, study_id: Pseudonym) -> Result<Vec<PositivePicture>> {
+        let mut select = self.conn.prepare_cached(
+            "SELECT scan_id, frame, probability FROM positive WHERE study_id = ?1 ORDER BY probability DESC, scan_id, frame",
+        )?;
+        let rows = select.query_map([&study_id.0[..]], |row| {
+            Ok(PositivePicture {
+                scan_id: Pseudonym(row.get(0)?),
+                frame: Some(row.get(1)?).filter(|frame| *frame > 0),
+                probability: row.get(2)?,
+            })
+        })?;
+        Ok(rows.collect::<std::result::Result<_, _>>()?)
+    }
+
+    /// Counts an alert message up, and looks up what it says.
+    fn note_alert(&mut self, mut study: StudyState, now: i64, open: bool) -> Result<StudyState> {
         study.alert_revision += 1;
+        study.alert_open = open;
+        study.alert_positives = study.positives;
+        study.positive_pictures = self.positives(study.study_id)?;
         self.conn
-            .prepare_cached("UPDATE study SET alert_revision = ?2, alert_positives = positives, alert_at = ?3 WHERE study_id = ?1")?
-            .execute(params![&study.study_id.0[..], study.alert_revision as i64, now])?;
+            .prepare_cached("UPDATE study SET alert_revision = ?2, alert_positives = positives, alert_at = ?3, alert_open = ?4 WHERE study_id = ?1")?
+            .execute(params![&study.study_id.0[..], study.alert_revision as i64, now, open])?;
         Ok(study)
     }
 
-    /// Closes the studies without a new image since `quiet_before` and updates the alerts that have new positives and whose last
-    /// message is from `update_before` or earlier (at most `limit` of each). `encode` makes the messages; returns how many studies were touched.
+    /// Closes the studies without an outcome since `quiet_before` and updates the open alerts whose count of positives has changed
+    /// and whose last message is from `update_before` or earlier (at most `limit` of each). `encode` makes the messages of a study and, if
+    /// there is something to say about it, its alert; a study that is not open any more was closed by this. Returns how many studies
+    /// were touched.
     pub fn tend_studies(
         &mut self,
         now: i64,
         quiet_before: i64,
         update_before: i64,
         limit: usize,
-        mut encode: impl FnMut(&StudyState, AlertChange) -> Vec<OutboxMessage>,
+        mut encode: impl FnMut(&StudyState, Option<AlertChange>) -> Vec<OutboxMessage>,
     ) -> Result<usize> {
         let due = |ledger: &Self, filter: &str, before: i64| -> Result<Vec<StudyState>> {
             let mut select = ledger.conn.prepare_cached(&format!(
@@ -486,32 +760,153 @@ impl Ledger {
             let rows = select.query_map(params![before, limit as i64], study_row)?;
             Ok(rows.collect::<std::result::Result<_, _>>()?)
         };
-        let quiet = due(self, "last_at <= ?1", quiet_before)?;
-        for study in &quiet {
-            let study = if study.alert_revision > 0 {
-                self.note_alert(study.clone(), now)?
-            } else {
-                study.clone()
-            };
+        let quiet = due(self, "active_at <= ?1", quiet_before)?;
+        let closed = quiet.len();
+        for mut study in quiet {
+            study.open = false;
+            study.closings += 1;
+            study.positive_pictures = self.positives(study.study_id)?;
             self.conn
-                .prepare_cached("UPDATE study SET open = 0 WHERE study_id = ?1")?
-                .execute([&study.study_id.0[..]])?;
-            for message in encode(&study, AlertChange::Closed) {
+                .prepare_cached("UPDATE study SET open = 0, closings = ?2 WHERE study_id = ?1")?
+                .execute(params![&study.study_id.0[..], study.closings as i64])?;
+            // An alert that was closed before and has nothing new stays as it is.
+            let corrected = study.alert_revision > 0 && study.positives != study.alert_positives;
+            let change = (study.alert_open || corrected).then_some(AlertChange::Closed);
+            if change.is_some() {
+                study = self.note_alert(study, now, false)?;
+            }
+            for message in encode(&study, change) {
                 self.enqueue(&message, now)?;
             }
         }
-        let grown = due(
+        let changed = due(
             self,
-            "alert_revision > 0 AND positives > alert_positives AND alert_at <= ?1",
+            "alert_open = 1 AND positives != alert_positives AND alert_at <= ?1",
             update_before,
         )?;
-        for study in &grown {
-            let study = self.note_alert(study.clone(), now)?;
-            for message in encode(&study, AlertChange::Updated) {
+        let updated = changed.len();
+        for study in changed {
+            let study = self.note_alert(study, now, true)?;
+            for message in encode(&study, Some(AlertChange::Updated)) {
                 self.enqueue(&message, now)?;
             }
         }
-        Ok(quiet.len() + grown.len())
+        Ok(closed + updated)
+    }
+
+    /// Alerts that are raised and not closed.
+    pub fn open_alerts(&self) -> Result<u64> {
+        let count = "SELECT count(*) FROM study WHERE alert_open = 1";
+        Ok(self
+            .conn
+            .prepare_cached(count)?
+            .query_row([], |row| row.get(0))?)
+    }
+
+    /// Scans of a selection that have an outcome, in the order of their ids after `after`, at most `limit`, with the places where their
+    /// files were seen, below the export folder.
+    pub fn selected(
+        &self,
+        selection: &Selection,
+        after: Option<ScanId>,
+        limit: usize,
+    ) -> Result<Vec<(ScanId, Vec<PathBuf>)>> {
+        let since = selection.since.unwrap_or(i64::MIN);
+        let after = after.map_or_else(Vec::new, |id| id.0.to_vec());
+        let ids: Vec<Pseudonym> = if let Some(ids) = &selection.scan_ids {
+            let mut ids: Vec<_> = ids.iter().filter(|id| id.0[..] > after[..]).collect();
+            ids.sort_unstable();
+            ids.dedup();
+            let mut known = self.conn.prepare_cached(
+                "SELECT EXISTS (SELECT 1 FROM scan WHERE scan_id = ?1 AND done_at >= ?2)",
+            )?;
+            let mut found = Vec::new();
+            for id in ids {
+                if found.len() < limit
+                    && known.query_row(params![&id.0[..], since], |row| row.get(0))?
+                {
+                    found.push(*id);
+                }
+            }
+            found
+        } else {
+            let mut select = self.conn.prepare_cached(
+                "SELECT scan_id FROM scan WHERE scan_id > ?1 AND done_at >= ?2 ORDER BY scan_id LIMIT ?3",
+            )?;
+            let rows = select.query_map(params![after, since, limit as i64], |row| {
+                Ok(Pseudonym(row.get(0)?))
+            })?;
+            rows.collect::<std::result::Result<_, _>>()?
+        };
+        ids.into_iter()
+            .map(|id| Ok((id, self.places(id)?)))
+            .collect()
+    }
+
+    /// Marks scans to be classified again. Their outcomes stand until there are new ones. The files are found by the next walk.
+    pub fn reprocess(&mut self, ids: &[ScanId]) -> Result<()> {
+        let mut mark = self.conn.prepare_cached(
+            "UPDATE scan SET again = 1, attempts = 0, session = 0 WHERE scan_id = ?1 AND done_at IS NOT NULL AND again = 0",
+        )?;
+        for id in ids {
+            mark.execute([&id.0[..]])?;
+        }
+        Ok(())
+    }
+
+    /// The answer that the command with this id has been given.
+    pub fn answer_to(&self, id: &str) -> Result<Option<OutboxMessage>> {
+        Ok(self
+            .conn
+            .prepare_cached("SELECT event_id, topic, payload FROM answer WHERE id = ?1")?
+            .query_row([id], |row| {
+                Ok(OutboxMessage {
+                    seq: 0,
+                    event_id: Pseudonym(row.get(0)?),
+                    topic: row.get(1)?,
+                    payload: row.get(2)?,
+                })
+            })
+            .optional()?)
+    }
+
+    /// Queues the answer to a command and, if the command is given by its id, remembers it (the last 100).
+    pub fn answer(&mut self, id: Option<&str>, answer: &OutboxMessage, now: i64) -> Result<()> {
+        self.enqueue(answer, now)?;
+        if let Some(id) = id {
+            self.conn.execute(
+                "INSERT OR IGNORE INTO answer (id, event_id, topic, payload) VALUES (?1, ?2, ?3, ?4)",
+                params![id, &answer.event_id.0[..], answer.topic, answer.payload],
+            )?;
+            let old = "DELETE FROM answer WHERE seq <= (SELECT max(seq) FROM answer) - ?1";
+            self.conn.execute(old, [ANSWERS])?;
+        }
+        Ok(())
+    }
+
+    /// What was noted under a name.
+    pub fn note(&self, name: &str) -> Result<Option<String>> {
+        let select = "SELECT value FROM note WHERE name = ?1";
+        Ok(self
+            .conn
+            .query_row(select, [name], |row| row.get(0))
+            .optional()?)
+    }
+
+    /// Notes a value under a name; `None` removes it. Writes nothing when it is noted already.
+    pub fn set_note(&mut self, name: &str, value: Option<&str>) -> Result<()> {
+        if self.note(name)?.as_deref() == value {
+            return Ok(());
+        }
+        match value {
+            Some(value) => self
+                .conn
+                .execute("INSERT OR REPLACE INTO note VALUES (?1, ?2)", [name, value])?,
+            None => self
+                .conn
+                .execute("DELETE FROM note WHERE name = ?1", [name])?,
+        };
+        Ok(())
     }
 
     fn enqueue(&mut self, message: &OutboxMessage, now: i64) -> Result<()> {
@@ -546,6 +941,12 @@ impl Ledger {
             })
         })?;
         Ok(rows.collect::<std::result::Result<_, _>>()?)
+    }
+
+    /// The position of the newest message that waits; 0 when none does.
+    pub fn newest_pending(&self) -> Result<i64> {
+        let newest = "SELECT coalesce(max(seq), 0) FROM outbox";
+        Ok(self.conn.query_row(newest, [], |row| row.get(0))?)
     }
 
     /// Takes acknowledged messages out of the outbox.
@@ -624,14 +1025,16 @@ impl Ledger {
         let Some(outcome) = outcome else {
             return Ok(None);
         };
+        Ok(Some((self.places(scan_id)?, outcome)))
+    }
+
+    /// Where a scan was seen, below the export folder.
+    fn places(&self, scan_id: ScanId) -> Result<Vec<PathBuf>> {
         let mut select = self
             .conn
             .prepare_cached("SELECT path FROM file WHERE scan_id = ?1 ORDER BY path")?;
         let rows = select.query_map([&scan_id.0[..]], |row| Ok(path_from_bytes(row.get(0)?)))?;
-        Ok(Some((
-            rows.collect::<std::result::Result<_, _>>()?,
-            outcome,
-        )))
+        Ok(rows.collect::<std::result::Result<_, _>>()?)
     }
 
     /// Forgets what has left the folder: file rows last seen before `before_day`, then closed studies and scans with an outcome
@@ -648,15 +1051,21 @@ impl Ledger {
                AND NOT EXISTS (SELECT 1 FROM file f WHERE f.scan_id = s.scan_id) LIMIT ?2)",
             params![before, limit],
         )?;
+        let closed = "(SELECT study_id FROM study WHERE open = 0 AND active_at < ?1 ORDER BY study_id LIMIT ?2)";
+        self.conn.execute(
+            &format!("DELETE FROM positive WHERE study_id IN {closed}"),
+            params![before, limit],
+        )?;
         let studies = self.conn.execute(
-            "DELETE FROM study WHERE study_id IN (SELECT study_id FROM study WHERE open = 0 AND last_at < ?1 LIMIT ?2)",
+            &format!("DELETE FROM study WHERE study_id IN {closed}"),
             params![before, limit],
         )?;
         Ok(files + scans + studies)
     }
 }
 
-const STUDY_COLUMNS: &str = "SELECT study_id, opened_at, last_at, images, positives, rejected, max_probability, top_scan, alert_revision FROM study";
+const STUDY_COLUMNS: &str = "SELECT study_id, opened_at, last_at, images, positives, rejected, max_probability, top_scan, alert_revision,
+  open, alert_open, alert_positives, closings FROM study";
 
 fn study_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<StudyState> {
     Ok(StudyState {
@@ -669,6 +1078,11 @@ fn study_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<StudyState> {
         max_probability: row.get(6)?,
         top_scan: row.get::<_, Option<[u8; 16]>>(7)?.map(Pseudonym),
         alert_revision: row.get(8)?,
+        open: row.get(9)?,
+        alert_open: row.get(10)?,
+        alert_positives: row.get(11)?,
+        closings: row.get(12)?,
+        positive_pictures: Vec::new(),
     })
 }
 

@@ -11,6 +11,8 @@
 //!
 //! - A scan (its bytes, by [`ScanId`](crate::scan::ScanId)) gets at most one outcome, and the outcome and its encoded messages appear in the
 //!   same transaction. There is no moment with one but not the other.
+//! - A scan that is to be classified again keeps its outcome until the new one replaces it, in one transaction that also moves its share
+//!   in the study and in the totals: nothing is counted twice.
 //! - A message leaves the outbox only when the broker has acknowledged it.
 //! - `claim` is durable before a byte of the file is decoded, so a file that kills the process is counted.
 //! - The `file` table is only a shortcut (path and stamp → scan); deleting it costs hashing, never a result.
@@ -27,7 +29,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::oneshot;
 
-pub use ledger::{Claim, Ledger, NewOutcome, StudyGroup};
+pub use ledger::{Claim, Ledger, NewOutcome, PictureOutcome, Recorded, Selection, StudyGroup};
 pub use state_dir::{StateDir, free_bytes};
 
 /// File name of the database inside the state directory.

@@ -4,14 +4,16 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Modules by layer, from the bottom. Within the two middle kinds of layer nobody imports a neighbour.
-const PURE: [&str; 10] = [
+const PURE: [&str; 12] = [
     "config",
     "health",
+    "home_assistant",
     "imaging",
     "manifest",
     "message",
     "phantom",
     "prediction",
+    "preview",
     "progress",
     "scan",
     "tensor",
@@ -27,7 +29,7 @@ const EDGES: [&str; 8] = [
     "watch",
 ];
 const CORE: [&str; 1] = ["classifier"];
-const LOOPS: [&str; 3] = ["pipeline", "publisher", "studies"];
+const LOOPS: [&str; 4] = ["commands", "pipeline", "publisher", "studies"];
 const TOP: [&str; 2] = ["daemon", "cli"];
 
 /// Crates that only one module may name.

@@ -5,11 +5,14 @@
 
 mod broker;
 mod cli;
+mod contract;
 mod decode;
 mod dicom;
 mod engine;
+mod home_assistant;
 mod layers;
 mod main_job;
+mod messages;
 mod packaging;
 mod parity;
 mod smoke;

@@ -100,50 +100,8 @@ fn every_image_becomes_one_result_and_bad_files_say_why() {
     }
 }
 
-/// The contract of a result.
+/// What a schema cannot say of a result.
 fn check_result(result: &Value) {
-    let keys: Vec<_> = result
-        .as_object()
-        .unwrap()
-        .keys()
-        .map(String::as_str)
-        .collect();
-    let expected = [
-        "schema",
-        "event_id",
-        "scan_id",
-        "study_id",
-        "series_id",
-        "modality",
-        "frame",
-        "device",
-        "site",
-        "acquired_at",
-        "processed_at",
-        "source",
-        "model",
-        "outcome",
-        "label",
-        "probability",
-        "scores",
-        "threshold",
-        "decision",
-        "statement",
-        "rejected",
-        "misfit",
-        "roi",
-        "quality",
-        "timings_ms",
-        "replayed",
-        "notice",
-    ];
-    assert_eq!(
-        keys.iter().copied().collect::<HashSet<_>>(),
-        HashSet::from(expected),
-        "the keys of a result are a contract"
-    );
-    assert_eq!(result["schema"], "scansentry/result/1");
-    assert_eq!(result["notice"], "research use only, not for diagnosis");
     assert_eq!(result["model"]["name"], "braintumor");
     if result["outcome"] == "classified" {
         let probability = result["probability"].as_f64().unwrap();
@@ -162,9 +120,6 @@ fn check_result(result: &Value) {
             .map(|s| s.as_f64().unwrap())
             .sum();
         assert!((total - 1.0).abs() < 1e-9);
-    } else {
-        assert!(result["probability"].is_null() && result["decision"].is_null());
-        assert!(result["rejected"]["message"].is_string());
     }
 }
 

@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use proptest::prelude::*;
-use scansentry::message::{AlertChange, OutboxMessage};
+use scansentry::config::AlertRule;
+use scansentry::message::{AlertChange, OutboxMessage, PositivePicture};
 use scansentry::scan::{Pseudonym, ScanFile, Stamp};
 use scansentry::store::{
-    Claim, DATABASE, NewOutcome, Opened, StateDir, Store, StoreError, StudyGroup,
+    Claim, DATABASE, Ledger, NewOutcome, Opened, PictureOutcome, StateDir, Store, StoreError,
+    StudyGroup,
 };
 
 const ATTEMPTS: u32 = 3;
@@ -41,9 +43,24 @@ fn outcome(number: u8) -> NewOutcome {
             fixed: false,
             fresh_id: id(201),
         },
-        images: 1,
-        positives: 1,
+        pictures: vec![PictureOutcome {
+            frame: None,
+            probability: Some(0.9),
+            positive: true,
+        }],
     }
+}
+
+/// An outcome with this probability, in the study of a DICOM study if `fixed`.
+fn outcome_of(number: u8, probability: f64, fixed: bool) -> NewOutcome {
+    let positive = probability >= 0.5;
+    let mut new = outcome(number);
+    new.decision = Some(if positive { "positive" } else { "negative" });
+    new.probability = Some(probability);
+    new.pictures[0].probability = Some(probability);
+    new.pictures[0].positive = positive;
+    new.group.fixed = fixed;
+    new
 }
 
 fn message(number: u8) -> OutboxMessage {
@@ -94,11 +111,68 @@ impl Running {
     fn record(&self, number: u8) -> bool {
         self.store()
             .call_blocking(move |l| {
-                l.record(&outcome(number), 100, false, |_, _| {
+                l.record(&outcome(number), 100, None, |_, _, _| {
                     vec![message(number), message(number + 100)]
                 })
             })
             .unwrap()
+            .is_some()
+    }
+
+    /// What is said about the study when an outcome is recorded: change of the alert, images, positives, revisions of alert and result.
+    fn record_of(
+        &self,
+        new: NewOutcome,
+        now: i64,
+        rule: AlertRule,
+    ) -> (Option<AlertChange>, u64, u64, u64, u64) {
+        let (tell, told) = std::sync::mpsc::channel();
+        self.store()
+            .call_blocking(move |l| {
+                l.record(&new, now, Some(rule), |study, change, revision| {
+                    let said = (
+                        change,
+                        study.images,
+                        study.positives,
+                        study.alert_revision,
+                        revision,
+                    );
+                    tell.send(said).unwrap();
+                    vec![]
+                })
+            })
+            .unwrap();
+        told.recv().unwrap()
+    }
+
+    /// What is said when studies are tended: change of the alert, whether open, images, positives, alert revision, closings.
+    fn tend(&self, now: i64, quiet: i64) -> Vec<Tended> {
+        let (tell, told) = std::sync::mpsc::channel();
+        self.store()
+            .call_blocking(move |l| {
+                l.tend_studies(now, quiet, now, 10, |study, change| {
+                    tell.send(Tended {
+                        change,
+                        open: study.open,
+                        images: study.images,
+                        positives: study.positives,
+                        alert_revision: study.alert_revision,
+                        closings: study.closings,
+                        top: study.max_probability,
+                        named: study.positive_pictures.clone(),
+                    })
+                    .unwrap();
+                    vec![]
+                })
+            })
+            .unwrap();
+        told.try_iter().collect()
+    }
+
+    fn reprocess(&self, number: u8) {
+        self.store()
+            .call_blocking(move |l| l.reprocess(&[id(number)]))
+            .unwrap();
     }
 
     fn pending(&self) -> Vec<u8> {
@@ -107,11 +181,24 @@ impl Running {
     }
 }
 
+#[derive(Debug, PartialEq)]
+struct Tended {
+    change: Option<AlertChange>,
+    open: bool,
+    images: u64,
+    positives: u64,
+    alert_revision: u64,
+    closings: u64,
+    top: Option<f64>,
+    named: Vec<PositivePicture>,
+}
+
 #[derive(Debug, Clone)]
 enum Op {
     Claim(u8),
     Release(u8),
     Record(u8),
+    Reprocess(u8),
     ConfirmOldest,
     Crash,
 }
@@ -121,6 +208,8 @@ struct Scan {
     attempts: u32,
     held: bool,
     done: bool,
+    /// To be classified again.
+    again: bool,
 }
 
 fn ops() -> impl Strategy<Value = Vec<Op>> {
@@ -128,6 +217,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         4 => (0..4_u8).prop_map(Op::Claim),
         1 => (0..4_u8).prop_map(Op::Release),
         3 => (0..4_u8).prop_map(Op::Record),
+        2 => (0..4_u8).prop_map(Op::Reprocess),
         2 => Just(Op::ConfirmOldest),
         2 => Just(Op::Crash),
     ];
@@ -146,7 +236,8 @@ proptest! {
             match op {
                 Op::Claim(n) => {
                     let scan = scans.entry(n).or_default();
-                    let expected = if scan.done {
+                    let due = !scan.done || scan.again;
+                    let expected = if !due {
                         Claim::Known
                     } else if scan.held {
                         Claim::InProgress
@@ -155,7 +246,7 @@ proptest! {
                     } else {
                         Claim::Run { attempt: scan.attempts + 1 }
                     };
-                    if !scan.done && !scan.held {
+                    if due && !scan.held {
                         scan.attempts += 1;
                         scan.held = true;
                     }
@@ -164,7 +255,7 @@ proptest! {
                 Op::Release(n) => {
                     running.store().call_blocking(move |l| l.release(id(n))).unwrap();
                     let scan = scans.entry(n).or_default();
-                    if !scan.done {
+                    if !scan.done || scan.again {
                         scan.attempts = scan.attempts.saturating_sub(1);
                         scan.held = false;
                     }
@@ -172,14 +263,27 @@ proptest! {
                 Op::Record(n) => {
                     let known = scans.entry(n).or_default();
                     // An outcome belongs to a claimed scan, and there is only one.
-                    let expected = known.attempts > 0 && !known.done;
+                    let expected = (known.attempts > 0 && !known.done) || known.again;
                     // A release without a claim leaves no row, so nothing can be recorded.
                     if known.attempts > 0 || known.done {
                         prop_assert_eq!(running.record(n), expected);
                     }
                     if expected {
                         known.done = true;
-                        outbox.extend([n, n + 100]);
+                        known.again = false;
+                        // An event that waits already is not said twice.
+                        for message in [n, n + 100] {
+                            if !outbox.contains(&message) {
+                                outbox.push(message);
+                            }
+                        }
+                    }
+                }
+                Op::Reprocess(n) => {
+                    running.reprocess(n);
+                    let scan = scans.entry(n).or_default();
+                    if scan.done && !scan.again {
+                        *scan = Scan { done: true, again: true, ..Scan::default() };
                     }
                 }
                 Op::ConfirmOldest => {
@@ -192,7 +296,7 @@ proptest! {
                 }
                 Op::Crash => {
                     running = running.crash();
-                    let suspects = scans.values().any(|s| !s.done && s.attempts > 0);
+                    let suspects = scans.values().any(|s| (!s.done || s.again) && s.attempts > 0);
                     prop_assert_eq!(running.opened.suspects, suspects);
                     for scan in scans.values_mut() {
                         scan.held = false;
@@ -203,7 +307,10 @@ proptest! {
             prop_assert_eq!(running.store().outbox_len(), outbox.len() as u64);
         }
         let counts = running.store().call_blocking(|l| l.counts()).unwrap();
-        prop_assert_eq!(counts.classified, scans.values().filter(|s| s.done).count() as u64);
+        let done = scans.values().filter(|s| s.done).count() as u64;
+        prop_assert_eq!((counts.classified, counts.positive), (done, done));
+        let studies = running.tend(1000, 1000);
+        prop_assert_eq!(studies.iter().map(|s| s.images).sum::<u64>(), done);
     }
 }
 
@@ -212,7 +319,7 @@ fn a_failed_call_leaves_no_trace_and_its_neighbours_alone() {
     let running = Running::new();
     running.claim(1);
     let failed: Result<(), _> = running.store().call_blocking(|l| {
-        l.record(&outcome(1), 100, false, |_, _| vec![message(1)])?;
+        l.record(&outcome(1), 100, None, |_, _, _| vec![message(1)])?;
         Err(StoreError::Other("no".into()))
     });
     assert!(failed.is_err());
@@ -324,37 +431,23 @@ fn known_files_are_skipped_until_their_stamp_changes_and_forgotten_when_long_gon
     assert_eq!(running.claim(1), Claim::Run { attempt: 1 });
 }
 
+const FIRST: AlertRule = AlertRule {
+    min_positives: 1,
+    window: 1,
+};
+
 #[test]
 fn one_alert_a_study_updated_and_closed() {
     let running = Running::new();
     let mut said = Vec::new();
     for number in 1..=3 {
         running.claim(number);
-        let (tell, told) = std::sync::mpsc::channel();
-        running
-            .store()
-            .call_blocking(move |l| {
-                l.record(
-                    &outcome(number),
-                    100 + i64::from(number),
-                    true,
-                    |study, change| {
-                        tell.send((change, study.positives, study.alert_revision))
-                            .unwrap();
-                        vec![]
-                    },
-                )
-            })
-            .unwrap();
-        said.extend(told.try_iter());
+        said.push(running.record_of(outcome(number), 100 + i64::from(number), FIRST));
     }
+    let raised = Some(AlertChange::Raised);
     assert_eq!(
         said,
-        [
-            (Some(AlertChange::Raised), 1, 1),
-            (None, 2, 1),
-            (None, 3, 1)
-        ]
+        [(raised, 1, 1, 1, 1), (None, 2, 2, 1, 1), (None, 3, 3, 1, 1)]
     );
     let tend = |now: i64, quiet: i64, update: i64| {
         let (tell, told) = std::sync::mpsc::channel();
@@ -362,7 +455,7 @@ fn one_alert_a_study_updated_and_closed() {
             .store()
             .call_blocking(move |l| {
                 l.tend_studies(now, quiet, update, 10, |study, change| {
-                    tell.send((change, study.positives, study.alert_revision))
+                    tell.send((change.unwrap(), study.positives, study.alert_revision))
                         .unwrap();
                     vec![]
                 })
@@ -375,6 +468,176 @@ fn one_alert_a_study_updated_and_closed() {
     assert_eq!(tend(112, 0, 111), [], "nothing new");
     assert_eq!(tend(200, 150, 190), [(AlertChange::Closed, 3, 3)]);
     assert_eq!(tend(201, 150, 190), []);
+    let open = running.store().call_blocking(|l| l.open_alerts());
+    assert_eq!(open.unwrap(), 0);
+}
+
+#[test]
+fn an_alert_follows_its_rule_and_is_raised_again_when_the_study_goes_on() {
+    let running = Running::new();
+    let rule = AlertRule {
+        min_positives: 2,
+        window: 3,
+    };
+    let mut number = 0;
+    let mut record = |probability: f64, now: i64| {
+        number += 1;
+        running.claim(number);
+        running
+            .record_of(outcome_of(number, probability, true), now, rule)
+            .0
+    };
+    let raised = Some(AlertChange::Raised);
+    // Two positive pictures with two others between them are too far apart.
+    let said: Vec<_> = [0.9, 0.1, 0.1, 0.8, 0.1, 0.7, 0.6]
+        .into_iter()
+        .map(|p| record(p, 100))
+        .collect();
+    assert_eq!(said, [None, None, None, None, None, raised, None]);
+    let closed = running.tend(200, 150);
+    assert_eq!(closed.len(), 1);
+    assert_eq!(closed[0].change, Some(AlertChange::Closed));
+    assert_eq!((closed[0].positives, closed[0].alert_revision), (4, 2));
+    let named: Vec<_> = closed[0].named.iter().map(|p| p.probability).collect();
+    assert_eq!(named, [0.9, 0.8, 0.7, 0.6]);
+
+    // Going on with nothing positive, the study is closed again and the alert has nothing to say.
+    assert_eq!(record(0.1, 300), None);
+    let closed = running.tend(400, 350);
+    assert_eq!((closed[0].change, closed[0].closings), (None, 2));
+    // What was positive before does not count towards another alert; what is positive now does.
+    assert_eq!(record(0.9, 500), None);
+    assert_eq!(record(0.9, 501), raised);
+    let open = running.store().call_blocking(|l| l.open_alerts());
+    assert_eq!(open.unwrap(), 1);
+    let closed = running.tend(600, 550);
+    assert_eq!(
+        (closed[0].change, closed[0].alert_revision),
+        (Some(AlertChange::Closed), 4)
+    );
+}
+
+#[test]
+fn a_scan_that_is_classified_again_replaces_its_outcome_and_is_counted_once() {
+    let running = Running::new();
+    for (number, probability) in [(1, 0.9), (2, 0.1), (3, 0.7)] {
+        running.claim(number);
+        running.record_of(outcome_of(number, probability, false), 100, FIRST);
+    }
+    running.tend(200, 150);
+    running.reprocess(1);
+    running.reprocess(9);
+    let unknown = |n: u8| {
+        let unknown = running
+            .store()
+            .call_blocking(move |l| l.unknown(vec![file(n)], 0));
+        !unknown.unwrap().is_empty()
+    };
+    assert!(unknown(1), "found by the next walk");
+    assert!(!unknown(2));
+    let counts = || running.store().call_blocking(|l| l.counts()).unwrap();
+    assert_eq!(
+        counts().classified,
+        3,
+        "the outcome stands until there is another"
+    );
+    assert_eq!(running.claim(1), Claim::Run { attempt: 1 });
+    // The highest probability of the study falls, and it is in the same study although that was closed.
+    let said = running.record_of(outcome_of(1, 0.2, false), 300, FIRST);
+    assert_eq!(said, (None, 3, 1, 2, 2));
+    assert_eq!(running.claim(1), Claim::Known);
+    assert_eq!((counts().classified, counts().positive), (3, 1));
+    let closed = running.tend(400, 350);
+    assert_eq!(closed.len(), 1);
+    assert_eq!(closed[0].change, Some(AlertChange::Closed), "corrected");
+    assert_eq!((closed[0].top, closed[0].closings), (Some(0.7), 2));
+    assert_eq!(closed[0].named.len(), 1);
+    // Once more, and it is positive again: the alert of the study is raised again.
+    running.reprocess(1);
+    running.claim(1);
+    let said = running.record_of(outcome_of(1, 0.8, false), 500, FIRST);
+    assert_eq!(said, (Some(AlertChange::Raised), 3, 2, 4, 3));
+}
+
+#[test]
+fn a_study_names_its_highest_positives_only() {
+    let running = Running::new();
+    for number in 1..=40 {
+        running.claim(number);
+        let probability = 0.5 + f64::from(number) / 100.0;
+        running.record_of(outcome_of(number, probability, true), 100, FIRST);
+    }
+    let closed = running.tend(200, 150);
+    assert_eq!((closed[0].positives, closed[0].named.len()), (40, 32));
+    assert_eq!(closed[0].named[0].scan_id, id(40));
+    assert_eq!(closed[0].named[31].scan_id, id(9));
+}
+
+#[test]
+fn a_ledger_of_format_1_is_brought_up_to_date() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(DATABASE);
+    let sqlite = rusqlite::Connection::open(&path).unwrap();
+    sqlite
+        .execute_batch(include_str!("../golden/ledger-format-1.sql"))
+        .unwrap();
+    drop(sqlite);
+    let error = Ledger::open_read_only(&path).unwrap_err().to_string();
+    assert!(error.contains("start the daemon once"), "{error}");
+    let opened = Store::open(folder.path()).unwrap();
+    assert_eq!(opened.set_aside, None);
+    let running = Running { folder, opened };
+    let counts = running.store().call_blocking(|l| l.counts()).unwrap();
+    assert_eq!(
+        (counts.classified, counts.rejected, counts.outbox),
+        (2, 1, 1)
+    );
+    assert_eq!(running.pending(), [7]);
+    assert_eq!(running.claim(2), Claim::Known);
+    let open = running.store().call_blocking(|l| l.open_alerts());
+    assert_eq!(open.unwrap(), 1);
+    // Its study, which was open, goes on with its counts and its alert; a scan of it is not counted twice.
+    running.reprocess(2);
+    assert_eq!(running.claim(2), Claim::Run { attempt: 1 });
+    let mut new = outcome_of(2, 0.3, true);
+    new.group.group_id = id(201);
+    assert_eq!(running.record_of(new, 110, FIRST), (None, 3, 1, 1, 2));
+    let closed = running.tend(300, 200);
+    assert_eq!((closed[0].images, closed[0].alert_revision), (3, 2));
+    let again = running.crash();
+    assert_eq!(again.claim(2), Claim::Known);
+    assert!(Ledger::open_read_only(&again.folder.path().join(DATABASE)).is_ok());
+}
+
+#[test]
+fn answers_and_notes_are_remembered_within_bounds() {
+    let running = Running::new();
+    let answer = |n: u8| {
+        running
+            .store()
+            .call_blocking(move |l| l.answer(Some(&n.to_string()), &message(n), 100))
+            .unwrap();
+    };
+    (1..=105).for_each(answer);
+    let known = |n: u8| {
+        let known = running
+            .store()
+            .call_blocking(move |l| l.answer_to(&n.to_string()));
+        known.unwrap().map(|m| m.payload)
+    };
+    assert_eq!(
+        (known(5), known(6), known(105)),
+        (None, Some(vec![6]), Some(vec![105]))
+    );
+    let note = |value: Option<&'static str>| {
+        let noted = running.store().call_blocking(move |l| {
+            l.set_note("paused", value)?;
+            l.note("paused")
+        });
+        noted.unwrap()
+    };
+    assert_eq!(note(Some("1")).as_deref(), Some("1"));
+    assert_eq!(note(None), None);
 }
 
 #[test]

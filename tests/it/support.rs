@@ -12,6 +12,8 @@ use scansentry::phantom::Phantom;
 use scansentry::simulate::ExportFormat;
 use serde_json::Value;
 
+use crate::contract;
+
 /// How long anything may take before a test gives up. Generous: these machines are slow and shared.
 pub const PATIENCE: Duration = Duration::from_mins(2);
 
@@ -193,8 +195,24 @@ impl Mosquitto {
         format!("mqtt://127.0.0.1:{}", self.port)
     }
 
+    /// Publishes a message as another program would.
+    pub fn publish(&self, topic: &str, payload: &str, more: &[&str]) {
+        let port = self.port.to_string();
+        let published = Command::new("mosquitto_pub")
+            .args(["-h", "127.0.0.1", "-p", &port, "-V", "5", "-q", "1"])
+            .args(["-t", topic, "-m", payload])
+            .args(more)
+            .status();
+        assert!(published.unwrap().success());
+    }
+
     pub fn subscribe(&self) -> Subscriber {
-        Subscriber::start(self.port, &[])
+        Subscriber::start(self.port, false)
+    }
+
+    /// Somebody who comes later, and another one than the subscriber.
+    pub fn subscribe_late(&self) -> Subscriber {
+        Subscriber::start(self.port, true)
     }
 }
 
@@ -203,11 +221,16 @@ fn is_root() -> bool {
     std::fs::metadata("/proc/self").is_ok_and(|m| m.uid() == 0)
 }
 
-/// One message as it arrived.
+/// One message as it arrived, with its MQTT 5 properties.
 #[derive(Debug, Clone)]
 pub struct Arrived {
     pub topic: String,
     pub retained: bool,
+    pub content_type: String,
+    /// Seconds until it would have expired.
+    pub expiry: Option<u32>,
+    /// `name:value`, with spaces between.
+    pub user: String,
     pub payload: String,
 }
 
@@ -217,8 +240,9 @@ impl Arrived {
             .unwrap_or_else(|e| panic!("{} is not JSON ({e}): {}", self.topic, self.payload))
     }
 
+    /// What follows prefix, site and device in the topic.
     pub fn kind(&self) -> &str {
-        self.topic.rsplit('/').next().unwrap()
+        self.topic.splitn(4, '/').last().unwrap()
     }
 }
 
@@ -230,28 +254,18 @@ pub struct Subscriber {
 }
 
 impl Subscriber {
-    pub fn start(port: u16, more: &[&str]) -> Self {
+    /// With a session that the broker keeps, under one name; or another one a late comer, which gets what is retained.
+    fn start(port: u16, late: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("messages");
+        let session = ["-c", "-i", "subscriber", "-x", "3600"];
         let process = Process::spawn(
             Command::new("mosquitto_sub")
-                .args([
-                    "-h",
-                    "127.0.0.1",
-                    "-p",
-                    &port.to_string(),
-                    "-V",
-                    "5",
-                    "-q",
-                    "1",
-                    "-c",
-                    "-i",
-                    "subscriber",
-                    "-x",
-                    "3600",
-                ])
-                .args(["-t", "scansentry/#", "-F", "%t\t%r\t%p"])
-                .args(more)
+                .args(["-h", "127.0.0.1", "-p", &port.to_string()])
+                .args(["-V", "5", "-q", "1"])
+                .args(if late { &[][..] } else { &session })
+                .args(["-t", "scansentry/#", "-t", "homeassistant/#"])
+                .args(["-F", "%t\t%r\t%C\t%E\t%P\t%p"])
                 .stdout(File::create(&file).unwrap())
                 .stderr(Stdio::null()),
         );
@@ -261,7 +275,7 @@ impl Subscriber {
             _folder: folder,
             _process: process,
         };
-        if more.is_empty() {
+        if !late {
             wait_for("the subscriber", || {
                 Command::new("mosquitto_pub")
                     .args([
@@ -288,13 +302,14 @@ impl Subscriber {
             .lines()
             .map_while(Result::ok)
             .filter_map(|line| {
-                let mut parts = line.splitn(3, '\t');
-                let topic = parts.next()?.to_owned();
-                let retained = parts.next()? == "1";
+                let mut parts = line.splitn(6, '\t').map(str::to_owned);
                 Some(Arrived {
-                    topic,
-                    retained,
-                    payload: parts.next()?.to_owned(),
+                    topic: parts.next()?,
+                    retained: parts.next()? == "1",
+                    content_type: parts.next()?,
+                    expiry: parts.next()?.parse().ok(),
+                    user: parts.next()?,
+                    payload: parts.next()?,
                 })
             })
             .collect()
@@ -330,6 +345,15 @@ impl Subscriber {
             pause(Duration::from_millis(50));
         }
         self.results()
+    }
+}
+
+/// No test can forget it: whatever was published is held against the schemas.
+impl Drop for Subscriber {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.messages().iter().for_each(contract::check);
+        }
     }
 }
 

@@ -1,0 +1,669 @@
+//! What the messages promise beyond their keys: properties, birth and will, the alert's rule, previews, commands. Against a real Mosquitto.
+
+use std::time::Duration;
+
+use base64::Engine as _;
+use serde_json::{Value, json};
+
+use crate::contract;
+use crate::support::{
+    Appliance, Arrived, Mosquitto, Subscriber, assert_no_double_outcome, pause, slices, wait_for,
+};
+
+const BASE: &str = "scansentry/radiology/mri-1";
+
+#[test]
+fn properties_say_what_a_message_is_and_whether_it_was_sent_before() {
+    let mut broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let mut appliance = Appliance::new(&broker.url());
+    appliance.set("SCANSENTRY__MQTT__EXPIRY_S", "3600");
+    appliance.start();
+    let slices = slices(3);
+    appliance.rename_in("a.png", &slices[0]);
+    subscriber.wait_for_scans(1);
+    let of = |kind: &str| subscriber.of_kind(kind);
+    let result = &of("result")[0];
+    assert_eq!(result.content_type, "application/json");
+    assert!(result.expiry.is_some_and(|s| (3500..=3600).contains(&s)));
+    assert_eq!(result.user, "schema:scansentry/result/1");
+    let status = &of("status")[0];
+    assert_eq!(
+        (status.content_type.as_str(), status.expiry),
+        ("text/plain", None)
+    );
+    let health = &of("health")[0];
+    assert_eq!(
+        (health.user.as_str(), health.expiry),
+        ("schema:scansentry/health/1", None)
+    );
+    assert!(
+        of("preview").is_empty(),
+        "previews are off unless asked for"
+    );
+
+    // Waiting over a restart, a message may have been sent before; a new one was not.
+    broker.kill();
+    appliance.rename_in("b.png", &slices[1]);
+    wait_for("an outcome without a broker", || {
+        appliance.status()["counts"]["classified"] == 2
+    });
+    appliance.kill();
+    broker.restart();
+    appliance.start();
+    subscriber.wait_for_scans(2);
+    appliance.rename_in("c.png", &slices[2]);
+    subscriber.wait_for_scans(3);
+    let replayed: Vec<_> = of("result")
+        .iter()
+        .map(|m| m.user.contains("replay:true"))
+        .collect();
+    assert_eq!(replayed, [false, true, false]);
+}
+
+#[test]
+fn birth_and_will_are_kept_on_both_versions_and_said_again_to_a_restarted_broker() {
+    for protocol in ["5", "4"] {
+        let mut broker = Mosquitto::start();
+        let subscriber = broker.subscribe();
+        let mut appliance = Appliance::new(&broker.url());
+        appliance.set("SCANSENTRY__MQTT__PROTOCOL", protocol);
+        appliance.start();
+        let said = || -> Vec<String> {
+            let status = subscriber.of_kind("status");
+            status
+                .into_iter()
+                .filter(|m| !m.retained)
+                .map(|m| m.payload)
+                .collect()
+        };
+        let kept = |wanted: &str| {
+            let late = broker.subscribe_late();
+            wait_for(wanted, || {
+                late.of_kind("status")
+                    .iter()
+                    .any(|m| m.retained && m.payload == wanted)
+            });
+        };
+        wait_for("the birth", || said() == ["online"]);
+        kept("online");
+        broker.kill();
+        broker.restart();
+        wait_for("the birth after the broker's restart", || said().len() >= 2);
+        assert!(said().iter().all(|s| s == "online"), "{:?}", said());
+        let late = broker.subscribe_late();
+        wait_for("online", || {
+            late.of_kind("status")
+                .iter()
+                .any(|m| m.retained && m.payload == "online")
+        });
+        appliance.kill();
+        wait_for("the will", || said().last().is_some_and(|s| s == "offline"));
+        let will = subscriber.of_kind("status").pop().unwrap();
+        let properties = (will.content_type.as_str(), will.user.as_str());
+        match protocol {
+            "5" => assert_eq!(properties, ("text/plain", "schema:scansentry/status/1")),
+            _ => assert_eq!(properties, ("", "")),
+        }
+        let late = broker.subscribe_late();
+        wait_for("offline", || {
+            late.of_kind("status")
+                .iter()
+                .any(|m| m.retained && m.payload == "offline")
+        });
+    }
+}
+
+#[test]
+fn an_alert_is_raised_by_its_rule_once_a_study() {
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let mut appliance = Appliance::with(
+        &broker.url(),
+        "[alert]\nmin_positives = 2\nwindow = 3\nquiet_s = 4\nupdate_s = 1",
+    );
+    appliance.set("SCANSENTRY__PIPELINE__WORKERS", "1");
+    std::fs::create_dir(appliance.export().join("series")).unwrap();
+    appliance.start();
+    for (number, slice) in slices(10).iter().enumerate() {
+        appliance.rename_in(&format!("series/{number}.png"), slice);
+        subscriber.wait_for_scans(number + 1);
+    }
+    wait_for("the summary", || !subscriber.of_kind("study").is_empty());
+    // The order of the messages is that of the outbox.
+    let (mut recent, mut met) = (Vec::new(), None);
+    let mut order = Vec::new();
+    for message in subscriber.messages() {
+        let kind = message.kind().to_owned();
+        if kind == "result" {
+            let result = message.json();
+            recent.push(result["decision"] == "positive");
+            let last = &recent[recent.len().saturating_sub(3)..];
+            if met.is_none() && last.iter().filter(|p| **p).count() >= 2 {
+                met = Some(recent.len());
+            }
+        }
+        if ["result", "alert"].contains(&kind.as_str()) {
+            order.push(kind);
+        }
+    }
+    let met = met.expect("two of three of these slices are positive");
+    assert_eq!(
+        order.iter().position(|k| k == "alert"),
+        Some(met),
+        "{order:?}"
+    );
+    let alerts: Vec<_> = subscriber
+        .of_kind("alert")
+        .iter()
+        .map(Arrived::json)
+        .collect();
+    let states: Vec<_> = alerts
+        .iter()
+        .map(|a| a["state"].as_str().unwrap())
+        .collect();
+    assert_eq!(states[0], "raised");
+    assert_eq!(*states.last().unwrap(), "closed");
+    assert!(
+        states[1..states.len() - 1].iter().all(|s| *s == "updated"),
+        "{states:?}"
+    );
+    let revisions: Vec<_> = alerts
+        .iter()
+        .map(|a| a["revision"].as_u64().unwrap())
+        .collect();
+    assert_eq!(revisions, (1..=alerts.len() as u64).collect::<Vec<_>>());
+
+    let study = subscriber.of_kind("study")[0].json();
+    let mut expected: Vec<_> = subscriber
+        .results()
+        .into_iter()
+        .filter(|r| r["decision"] == "positive")
+        .map(|r| json!({ "scan_id": r["scan_id"], "frame": null, "probability": r["probability"] }))
+        .collect();
+    let key = |p: &Value| p["probability"].as_f64().unwrap();
+    expected.sort_by(|a, b| {
+        key(b)
+            .total_cmp(&key(a))
+            .then(a["scan_id"].as_str().cmp(&b["scan_id"].as_str()))
+    });
+    assert_eq!(study["positive_scans"], Value::Array(expected));
+    assert_eq!(
+        study["positives"].as_u64().unwrap() as usize,
+        study["positive_scans"].as_array().unwrap().len()
+    );
+    assert_eq!(
+        (&study["images"], &study["complete"], &study["revision"]),
+        (&json!(10), &json!(true), &json!(1))
+    );
+}
+
+fn image_of(preview: &Value) -> image::DynamicImage {
+    let base64 = preview["image"]["base64"].as_str().unwrap();
+    let png = base64::engine::general_purpose::STANDARD
+        .decode(base64)
+        .unwrap();
+    image::load_from_memory_with_format(&png, image::ImageFormat::Png).unwrap()
+}
+
+#[test]
+fn a_preview_is_what_the_model_saw_and_comes_after_its_result() {
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let mut appliance = Appliance::with(&broker.url(), "[preview]\nenabled = true");
+    appliance.start();
+    let slice = &slices(2)[1];
+    appliance.rename_in("a.png", slice);
+    // A colour picture stays one.
+    let grey = image::load_from_memory(slice).unwrap();
+    let mut color = grey.to_rgb8();
+    color
+        .pixels_mut()
+        .for_each(|p| p.0[2] = p.0[2].saturating_sub(40));
+    let file = appliance.folder.path().join("color.png");
+    color.save(&file).unwrap();
+    appliance.rename_in("b.png", &std::fs::read(&file).unwrap());
+    let frames = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden/dicom/files/frames.dcm");
+    std::fs::copy(frames, appliance.export().join("frames")).unwrap();
+    appliance.rename_in("c.png", b"not an image");
+    subscriber.wait_for_scans(4);
+    let classified = || {
+        let results = subscriber.results();
+        results
+            .into_iter()
+            .filter(|r| r["outcome"] == "classified")
+            .collect::<Vec<_>>()
+    };
+    wait_for("the previews", || {
+        let count = classified().len();
+        count > 3 && subscriber.of_kind("preview").len() == count
+    });
+    let order = subscriber.messages();
+    for result in classified() {
+        let matches = |m: &&Arrived, kind: &str| {
+            m.kind() == kind
+                && m.json()["scan_id"] == result["scan_id"]
+                && m.json()["frame"] == result["frame"]
+        };
+        let place = |kind: &str| order.iter().position(|m| matches(&m, kind)).unwrap();
+        assert!(place("preview") > place("result"));
+        let message = &order[place("preview")];
+        assert!(!message.retained && message.payload.len() <= 131_072);
+        let preview = message.json();
+        for key in ["study_id", "decision", "probability", "device"] {
+            assert_eq!(preview[key], result[key], "{key}");
+        }
+        assert_ne!(preview["event_id"], result["event_id"]);
+        assert_eq!(
+            (&preview["width"], &preview["height"]),
+            (&json!(224), &json!(224))
+        );
+        let map = &preview["heatmap"];
+        assert_eq!((&map["rows"], &map["columns"]), (&json!(7), &json!(7)));
+        let cells: Vec<_> = map["values"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .flat_map(|r| r.as_array().unwrap())
+            .collect();
+        assert_eq!(cells.len(), 49);
+    }
+    for (name, source) in [("a.png", "png"), ("b.png", "png")] {
+        let out = appliance.folder.path().join("seen.png");
+        let input = appliance.export().join(name);
+        let seen = appliance
+            .command(&[
+                "preprocess",
+                input.to_str().unwrap(),
+                "--out",
+                out.to_str().unwrap(),
+            ])
+            .output()
+            .unwrap();
+        assert!(seen.status.success(), "{source}");
+        let seen = image::open(&out).unwrap();
+        let shown = subscriber
+            .of_kind("preview")
+            .iter()
+            .map(|m| image_of(&m.json()))
+            .any(|shown| shown.color() == seen.color() && shown.as_bytes() == seen.as_bytes());
+        assert!(shown, "no preview shows the pixels of {name}");
+    }
+    wait_for("the count", || {
+        let health = subscriber.of_kind("health");
+        let sent = health
+            .last()
+            .and_then(|h| h.json()["previews"]["sent"].as_u64());
+        // Health comes with the next change at the latest.
+        appliance.process.as_ref().unwrap().signal("HUP");
+        pause(Duration::from_millis(200));
+        sent.is_some()
+    });
+}
+
+#[test]
+fn a_preview_that_is_too_large_is_halved() {
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let mut appliance = Appliance::with(
+        &broker.url(),
+        "[preview]\nenabled = true\nmax_bytes = 16384",
+    );
+    appliance.start();
+    appliance.rename_in("a.png", &slices(1)[0]);
+    wait_for("the preview", || !subscriber.of_kind("preview").is_empty());
+    let message = &subscriber.of_kind("preview")[0];
+    assert!(message.payload.len() <= 16_384);
+    let preview = message.json();
+    let side = preview["width"].as_u64().unwrap();
+    assert!(side < 224 && 224 % side == 0, "{side}");
+    assert_eq!(u64::from(image_of(&preview).width()), side);
+}
+
+#[test]
+fn previews_of_an_outage_are_dropped_and_counted() {
+    let mut broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    broker.kill();
+    let mut appliance = Appliance::with(
+        &broker.url(),
+        "[preview]\nenabled = true\n[health]\ninterval_s = 1",
+    );
+    appliance.start();
+    wait_for("the outage", || {
+        appliance.log().contains("degraded: no connection")
+    });
+    for (number, slice) in slices(3).iter().enumerate() {
+        appliance.rename_in(&format!("{number}.png"), slice);
+    }
+    wait_for("outcomes without a broker", || {
+        appliance.status()["counts"]["classified"] == 3
+    });
+    broker.restart();
+    subscriber.wait_for_scans(3);
+    wait_for("the count", || {
+        subscriber
+            .of_kind("health")
+            .last()
+            .is_some_and(|h| h.json()["previews"]["dropped"] == 3)
+    });
+    assert!(subscriber.of_kind("preview").is_empty());
+}
+
+struct Commanded {
+    broker: Mosquitto,
+    subscriber: Subscriber,
+    appliance: Appliance,
+}
+
+impl Commanded {
+    fn start() -> Self {
+        let broker = Mosquitto::start();
+        let subscriber = broker.subscribe();
+        let mut appliance = Appliance::with(&broker.url(), "[command]\nenabled = true");
+        appliance.start();
+        let health = || !subscriber.of_kind("health").is_empty();
+        wait_for("the connection", health);
+        Self {
+            broker,
+            subscriber,
+            appliance,
+        }
+    }
+
+    fn send(&self, command: &Value) {
+        contract::check_payload("command", command);
+        self.broker
+            .publish(&format!("{BASE}/command"), &command.to_string(), &[]);
+    }
+
+    fn answers(&self, id: &str) -> Vec<Value> {
+        let answers = self.subscriber.of_kind("command/result");
+        answers
+            .iter()
+            .map(Arrived::json)
+            .filter(|a| a["id"] == id)
+            .collect()
+    }
+
+    fn order(&self, command: &Value) -> Value {
+        self.send(command);
+        let id = command["id"].as_str().unwrap();
+        wait_for("the answer", || !self.answers(id).is_empty());
+        self.answers(id).remove(0)
+    }
+
+    fn conditions(&self) -> Vec<String> {
+        let health = self.subscriber.of_kind("health");
+        let conditions = health.last().unwrap().json()["conditions"].clone();
+        conditions
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|c| c["code"].as_str().unwrap().to_owned())
+            .collect()
+    }
+}
+
+fn command(id: &str, word: &str) -> Value {
+    json!({ "schema": "scansentry/command/1", "id": id, "command": word })
+}
+
+#[test]
+fn pause_holds_over_a_restart_and_resume_goes_on() {
+    let mut on = Commanded::start();
+    let slices = slices(3);
+    let done = on.order(&command("p1", "pause"));
+    assert_eq!(
+        (&done["status"], &done["command"]),
+        (&json!("done"), &json!("pause"))
+    );
+    wait_for("paused health", || on.conditions() == ["paused"]);
+    on.appliance.rename_in("a.png", &slices[0]);
+    pause(Duration::from_millis(1500));
+    assert!(on.subscriber.results().is_empty());
+    assert_eq!(on.appliance.stop(), Some(0));
+    on.appliance.start();
+    wait_for("paused health after the restart", || {
+        on.subscriber
+            .of_kind("status")
+            .last()
+            .is_some_and(|m| m.payload == "online")
+            && on.conditions() == ["paused"]
+    });
+    pause(Duration::from_secs(1));
+    assert!(on.subscriber.results().is_empty());
+
+    // A command that the broker kept is refused with the reason, and said so.
+    let kept = json!({ "schema": "scansentry/command/1", "id": "kept", "command": "resume" });
+    on.broker
+        .publish(&format!("{BASE}/command"), &kept.to_string(), &["-r"]);
+    // Already subscribed, the appliance gets it as a fresh one: obeyed once, it comes back as a retained one after a restart.
+    wait_for("the answer", || !on.answers("kept").is_empty());
+    on.subscriber.wait_for_scans(1);
+    on.order(&command("p2", "pause"));
+    assert_eq!(on.appliance.stop(), Some(0));
+    on.appliance.start();
+    wait_for("the refusal", || {
+        on.answers("kept")
+            .iter()
+            .any(|a| a["status"] == "refused" && a["error"]["code"] == "retained")
+    });
+    on.appliance.rename_in("b.png", &slices[1]);
+    pause(Duration::from_secs(1));
+    assert_eq!(on.subscriber.results().len(), 1, "still paused");
+
+    // The same id is answered again and not carried out again.
+    let first = on.answers("p1").remove(0);
+    on.order(&command("r1", "resume"));
+    on.subscriber.wait_for_scans(2);
+    on.send(&command("p1", "pause"));
+    wait_for("the answer again", || on.answers("p1").len() == 2);
+    assert_eq!(on.answers("p1")[1], first);
+    on.appliance.rename_in("c.png", &slices[2]);
+    on.subscriber.wait_for_scans(3);
+
+    // Without commands nobody could end a pause, so it ends.
+    on.order(&command("p3", "pause"));
+    assert_eq!(on.appliance.stop(), Some(0));
+    on.appliance.set("SCANSENTRY__COMMAND__ENABLED", "false");
+    on.appliance.start();
+    assert!(on.appliance.log().contains("the pause is over"));
+}
+
+#[test]
+fn reprocess_classifies_again_what_is_still_there_and_doubles_nothing() {
+    let on = Commanded::start();
+    let slices = slices(4);
+    for (number, slice) in slices.iter().enumerate() {
+        on.appliance.rename_in(&format!("{number}.png"), slice);
+    }
+    on.appliance.rename_in("letter.txt", b"Dear colleague");
+    let first = on.subscriber.wait_for_scans(5);
+    wait_for("an empty outbox", || {
+        on.appliance.status()["counts"]["outbox"] == 0
+    });
+    let counts = on.appliance.status()["counts"].clone();
+    std::fs::remove_file(on.appliance.export().join("0.png")).unwrap();
+    let mut all = command("all", "reprocess");
+    all["since"] = json!("1970-01-01T00:00:00Z");
+    let answer = on.order(&all);
+    assert_eq!(
+        answer["reprocess"],
+        json!({ "queued": 4, "gone": 1, "unknown": 0 })
+    );
+    wait_for("the new outcomes", || on.subscriber.results().len() == 9);
+    pause(Duration::from_secs(1));
+    let results = on.subscriber.results();
+    assert_eq!(results.len(), 9, "once each");
+    let again: Vec<_> = results
+        .iter()
+        .filter(|r| r["revision"] == 2)
+        .cloned()
+        .collect();
+    assert_eq!(again.len(), 4);
+    assert_no_double_outcome(&again);
+    for result in &again {
+        let before = first
+            .iter()
+            .find(|r| r["scan_id"] == result["scan_id"])
+            .unwrap();
+        assert_eq!(before["revision"], 1);
+        assert_ne!(before["event_id"], result["event_id"]);
+        for key in ["outcome", "probability", "decision", "study_id", "rejected"] {
+            assert_eq!(before[key], result[key], "{key}");
+        }
+    }
+    wait_for("an empty outbox", || {
+        on.appliance.status()["counts"]["outbox"] == 0
+    });
+    let now = on.appliance.status()["counts"].clone();
+    for key in ["classified", "positive", "rejected"] {
+        assert_eq!(counts[key], now[key], "{key}");
+    }
+
+    // One by its id, and one that is not known.
+    let mut one = command("one", "reprocess");
+    one["scan_ids"] = json!([again[0]["scan_id"], "0".repeat(32)]);
+    let answer = on.order(&one);
+    assert_eq!(
+        answer["reprocess"],
+        json!({ "queued": 1, "gone": 0, "unknown": 1 })
+    );
+    wait_for("its outcome", || {
+        on.subscriber.results().iter().any(|r| r["revision"] == 3)
+    });
+
+    // Without the folder nothing can be said about its files.
+    let aside = on.appliance.folder.path().join("aside");
+    std::fs::rename(on.appliance.export(), &aside).unwrap();
+    wait_for("the condition", || on.conditions() == ["folder_away"]);
+    all["id"] = json!("away");
+    assert_eq!(on.order(&all)["error"]["code"], "folder_away");
+
+    on.broker
+        .publish(&format!("{BASE}/command"), "open the door", &[]);
+    wait_for("the refusal", || {
+        let answers = on.subscriber.of_kind("command/result");
+        answers
+            .iter()
+            .any(|a| a.json()["error"]["code"] == "invalid")
+    });
+}
+
+#[test]
+fn a_kill_in_the_middle_of_a_reprocess_loses_and_doubles_nothing() {
+    let mut on = Commanded::start();
+    let count = 16;
+    for (number, slice) in slices(count).iter().enumerate() {
+        on.appliance.rename_in(&format!("{number}.png"), slice);
+    }
+    on.subscriber.wait_for_scans(count);
+    let mut all = command("all", "reprocess");
+    all["since"] = json!("1970-01-01T00:00:00Z");
+    on.send(&all);
+    let again = || -> Vec<Value> {
+        let results = on.subscriber.results().into_iter();
+        results.filter(|r| r["revision"] != 1).collect()
+    };
+    let scans = |results: &[Value]| {
+        let ids = results.iter().map(|r| r["scan_id"].to_string());
+        ids.collect::<std::collections::HashSet<_>>().len()
+    };
+    // Once answered, it is durable; killed then, and in the work on the files.
+    wait_for("the answer", || !on.answers("all").is_empty());
+    for _ in 0..3 {
+        on.appliance.kill();
+        on.appliance.start();
+        pause(Duration::from_millis(30));
+    }
+    wait_for("all new outcomes", || scans(&again()) == count);
+    wait_for("an empty outbox", || {
+        on.appliance.status()["counts"]["outbox"] == 0
+    });
+    pause(Duration::from_secs(1));
+    assert!(again().iter().all(|r| r["revision"] == 2));
+    assert_no_double_outcome(&again());
+    assert_eq!(on.appliance.status()["counts"]["classified"], count);
+}
+
+#[test]
+fn commands_are_not_obeyed_unless_switched_on() {
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let mut appliance = Appliance::new(&broker.url());
+    appliance.start();
+    wait_for("the connection", || {
+        !subscriber.of_kind("health").is_empty()
+    });
+    broker.publish(
+        &format!("{BASE}/command"),
+        &command("p", "pause").to_string(),
+        &[],
+    );
+    appliance.rename_in("a.png", &slices(1)[0]);
+    subscriber.wait_for_scans(1);
+    assert!(subscriber.of_kind("command/result").is_empty());
+}
+
+#[test]
+fn the_example_of_access_rules_lets_everybody_do_their_part() {
+    let example = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/examples/mosquitto.acl");
+    // The test's own eyes and hands come without a name.
+    let rules = format!(
+        "topic readwrite #\n\n{}",
+        std::fs::read_to_string(example).unwrap()
+    );
+    let lines = "allow_anonymous true\npassword_file {dir}/passwords\nacl_file {dir}/acl\n";
+    let broker = Mosquitto::start_with(lines, |folder| {
+        std::fs::write(folder.join("acl"), rules).unwrap();
+        let passwords = folder.join("passwords");
+        std::fs::write(&passwords, "").unwrap();
+        for user in ["mri-1", "dashboard", "operator"] {
+            let made = std::process::Command::new("mosquitto_passwd")
+                .args(["-b", passwords.to_str().unwrap(), user, "secret"])
+                .status();
+            assert!(made.unwrap().success());
+        }
+    });
+    let subscriber = broker.subscribe();
+    let mut appliance = Appliance::with(
+        &broker.url(),
+        "[command]\nenabled = true\n[home_assistant]\nenabled = true",
+    );
+    let password = appliance.folder.path().join("password");
+    std::fs::write(&password, "secret").unwrap();
+    appliance.set("SCANSENTRY__MQTT__USERNAME", "mri-1");
+    appliance.set(
+        "SCANSENTRY__MQTT__PASSWORD_FILE",
+        password.to_str().unwrap(),
+    );
+    appliance.start();
+    appliance.rename_in("a.png", &slices(1)[0]);
+    subscriber.wait_for_scans(1);
+    wait_for("the description", || {
+        let messages = subscriber.messages();
+        messages
+            .iter()
+            .any(|m| m.topic.starts_with("homeassistant/device/"))
+    });
+    let order = |user: &str, id: &str| {
+        let (topic, port) = (format!("{BASE}/command"), broker.port.to_string());
+        let command = command(id, "pause").to_string();
+        let _ = std::process::Command::new("mosquitto_pub")
+            .args(["-h", "127.0.0.1", "-p", &port, "-V", "5", "-q", "1"])
+            .args(["-u", user, "-P", "secret", "-t", &topic, "-m", &command])
+            .output()
+            .unwrap();
+    };
+    let answered = |id: &str| {
+        let answers = subscriber.of_kind("command/result");
+        answers.iter().any(|a| a.json()["id"] == id)
+    };
+    order("dashboard", "not-mine");
+    order("operator", "mine");
+    wait_for("the operator's answer", || answered("mine"));
+    assert!(!answered("not-mine"));
+    assert!(!appliance.log().contains("broker refuses"));
+}
