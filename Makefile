@@ -3,7 +3,7 @@
 CARGO ?= cargo
 SHARED_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test test-long setup setup-ci build lint doc deny asyncapi model reference fuzz clean deb test-deb
+.PHONY: demo test test-long test-tflite test-emulated test-deb cross-aarch64 cross-armv7 cross-x86_64 deb setup build lint doc deny asyncapi model reference fuzz clean
 
 ## The main job in one process: embedded broker, simulated scanner, real model (ARGS="--count 20 --rate 5")
 demo: setup
@@ -16,6 +16,24 @@ test: setup
 ## The long runs: 300 real images, ten kills of the daemon and of the broker (needs ../shared/data)
 test-long: setup
 	$(CARGO) test --release --test it -- --ignored --nocapture --test-threads=1
+
+## The same tests with the second engine, TensorFlow Lite 1.15 (compiled from source: some minutes at first)
+test-tflite: setup
+	@scripts/setup.sh --packages g++ libclang-dev make
+	SCANSENTRY__MODEL__ENGINE=tflite $(CARGO) test --features tflite
+
+## What a package has, for each kind of board: target/TRIPLE/stage (see cross/README.md)
+cross-aarch64:
+	cross/build.sh aarch64-unknown-linux-gnu
+cross-armv7:
+	cross/build.sh armv7-unknown-linux-gnueabihf
+cross-x86_64:
+	cross/build.sh x86_64-unknown-linux-gnu
+
+## The cross-built programs do the main job here, under QEMU
+test-emulated: setup cross-aarch64 cross-armv7
+	@scripts/setup.sh --packages qemu-user-static
+	SCANSENTRY_EMULATED=1 $(CARGO) test --test it -- emulated --nocapture
 
 ## Packages and libraries that building and testing need; quick when they are there
 setup:

@@ -1,4 +1,5 @@
-//! Says where `libLiteRt.so` lies: to the linker now, to the loader later.
+//! Decides which engines this build has (`cfg(litert)`, `cfg(tflite)`), and says where `libLiteRt.so` lies: to the linker
+//! now, to the loader later.
 //!
 //! - Linking: the directory in `LITERT_LIB_DIR` if the environment names one that holds the library, else
 //!   `.deps/litert-<version>/<target>` as laid down by `scripts/fetch-litert.sh`.
@@ -12,6 +13,8 @@ use std::path::{Path, PathBuf};
 /// The version whose C interface the crate litert-sys has.
 const LITERT_VERSION: &str = "2.1.4";
 const LIBRARY: &str = "libLiteRt.so";
+/// Where there is such a library; Cargo.toml has the same list.
+const LITERT_ARCHITECTURES: [&str; 2] = ["x86_64", "aarch64"];
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -19,10 +22,24 @@ fn main() {
     println!("cargo::rerun-if-env-changed=SCANSENTRY_PACKAGE");
     println!("cargo::rustc-env=SCANSENTRY_LITERT_VERSION={LITERT_VERSION}");
 
-    if env::var_os("CARGO_FEATURE_LITERT").is_none() {
+    println!("cargo::rustc-check-cfg=cfg(litert, tflite)");
+    let target = env::var("TARGET").expect("cargo sets TARGET");
+    let arch = env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets CARGO_CFG_TARGET_ARCH");
+    let tflite = env::var_os("CARGO_FEATURE_TFLITE").is_some();
+    let litert = env::var_os("CARGO_FEATURE_LITERT").is_some()
+        && LITERT_ARCHITECTURES.contains(&arch.as_str());
+    if tflite {
+        println!("cargo::rustc-cfg=tflite");
+    } else if !litert {
+        println!(
+            "cargo::error=no inference engine for {target}: LiteRT is for {}; build with --features tflite",
+            LITERT_ARCHITECTURES.join(" and ")
+        );
+    }
+    if !litert {
         return;
     }
-    let target = env::var("TARGET").expect("cargo sets TARGET");
+    println!("cargo::rustc-cfg=litert");
     let Some(directory) = library_directory(&target) else {
         return;
     };

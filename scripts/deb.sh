@@ -55,7 +55,8 @@ for page in "$stage"/*.[15]; do
     mv "$page.gz" "$stage/man${page##*.}/"
 done
 # shellcheck disable=SC2086  # options
-scripts/third-party.py "$triple" $features | gzip -9n >"$stage/doc/THIRD-PARTY.gz"
+scripts/third-party.py "$triple" $features >"$stage/doc/THIRD-PARTY"
+gzip -9n "$stage/doc/THIRD-PARTY"
 gzip -9nc config/scansentry.toml >"$stage/doc/scansentry.toml.gz"
 cp systemd/README.md "$stage/doc/systemd.md"
 cp docs/rollout.md "$stage/doc/"

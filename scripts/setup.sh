@@ -1,7 +1,8 @@
 #!/bin/sh
 # Installs or fetches what building, testing and running the demo need; quick when all of it is there.
 #
-#   scripts/setup.sh [TARGET_TRIPLE...]      the targets to fetch LiteRT for (default: this machine)
+#   scripts/setup.sh                         all of it, for this machine
+#   scripts/setup.sh --packages NAME...      only these Debian packages
 #
 # On Debian and its kin, missing packages are installed with apt-get (through sudo when not root). Elsewhere it says
 # what is missing and goes on.
@@ -9,8 +10,15 @@ set -eu
 
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 
+only_packages=
+if [ "${1:-}" = --packages ]; then
+    shift
+    only_packages=$*
+fi
+
 # A C compiler for the bundled SQLite; pip for LiteRT's wheel; the broker and its clients, and a DICOM sender and receiver, for the tests.
 packages="gcc libc6-dev python3 python3-pip python3-venv mosquitto mosquitto-clients openssl dcmtk"
+packages=${only_packages:-$packages}
 
 say() { echo "setup: $*" >&2; }
 
@@ -39,6 +47,8 @@ if command -v dpkg-query >/dev/null && command -v apt-get >/dev/null; then
         # shellcheck disable=SC2086  # a list of names
         $sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
     fi
+elif [ -n "$only_packages" ]; then
+    say "this is not Debian: the packages $only_packages are taken to be there"
 else
     for command in cc python3 mosquitto mosquitto_sub openssl; do
         command -v "$command" >/dev/null || PATH=$PATH:/usr/sbin command -v "$command" >/dev/null ||
@@ -46,4 +56,4 @@ else
     done
 fi
 
-exec "$here/fetch-litert.sh" "$@"
+[ -n "$only_packages" ] || exec "$here/fetch-litert.sh"

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The notices of the Rust crates that a build for TARGET holds, on standard output: third-party.py TARGET [CARGO OPTIONS].
 
-Each crate with version, licence expression and source, then every licence, copying and notice file that the crates
-carry, equal texts once. cargo-about does more (it guesses missing texts over the network), which a package build must not need.
+Each crate that is compiled in (not what runs at build time) with version, licence expression and source, then every
+licence, copying and notice file that the crates carry, equal texts once. cargo-about does more (it guesses missing texts over the network), which a package build must not need.
 """
 
 import json
@@ -17,9 +17,9 @@ def cargo(*arguments):
     return subprocess.run(["cargo", *arguments], check=True, capture_output=True, text=True).stdout
 
 
-listed = cargo("tree", "--locked", "-e", "normal", "--target", target, "--prefix", "none", "--format", "{p}", *options)
+listed = cargo("tree", "--locked", "-e", "normal,no-proc-macro", "--target", target, "--prefix", "none", "--format", "{p}", *options)
 used = {tuple(line.split()[:2]) for line in listed.splitlines() if line}
-metadata = json.loads(cargo("metadata", "--locked", "--format-version", "1", "--filter-platform", target))
+metadata = json.loads(cargo("metadata", "--locked", "--format-version", "1", "--filter-platform", target, *options))
 
 texts = {}
 print(f"Rust crates in /usr/bin/scansentry for {target}, and their notices.\n")

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use image::RgbImage;
 
-use crate::config::{Config, Misfits, Quality};
-use crate::engine::{self, ElementType, Engine, EngineInfo, TensorSpec};
+use crate::config::{Config, EngineChoice, Misfits, Quality};
+use crate::engine::{self, ElementType, Engine, EngineInfo, Runtime, TensorSpec};
 use crate::imaging::Picture;
 use crate::imaging::decode::{DecodeNote, Limits, Source, SourceKind};
 use crate::imaging::dicom::DicomHeader;
@@ -99,6 +99,24 @@ fn read_bounded(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// The runtime that the configuration wants, if this build has it.
+fn runtime(wanted: EngineChoice) -> Result<Runtime, BundleError> {
+    let wanted = match wanted {
+        EngineChoice::Auto => return Ok(engine::RUNTIMES[0]),
+        EngineChoice::LiteRt => Runtime::LiteRt,
+        EngineChoice::TfLite => Runtime::TfLite,
+    };
+    if engine::RUNTIMES.contains(&wanted) {
+        return Ok(wanted);
+    }
+    let built: Vec<_> = engine::RUNTIMES.iter().map(|r| r.as_str()).collect();
+    Err(BundleError(vec![format!(
+        "model.engine: {} is not in this build; expected auto or {}",
+        wanted.as_str(),
+        built.join(" or ")
+    )]))
+}
+
 /// What became of one file.
 #[derive(Debug)]
 pub struct ClassifiedFile {
@@ -129,8 +147,12 @@ pub struct Classifier {
 impl Classifier {
     /// Loads the bundle's model with the threads that `config` gives it and checks that its tensors are what the manifest says.
     pub fn new(bundle: Arc<Bundle>, config: &Config) -> Result<Self, BundleError> {
-        let engine = engine::load(&bundle.model, config.model.threads)
-            .map_err(|e| BundleError(vec![format!("model.bundle: {e}; install another bundle")]))?;
+        let engine = engine::load(
+            runtime(config.model.engine)?,
+            &bundle.model,
+            config.model.threads,
+        )
+        .map_err(|e| BundleError(vec![format!("model.bundle: {e}; install another bundle")]))?;
         let manifest = &bundle.manifest;
         let problems = tensor_problems(manifest, engine.inputs(), engine.outputs());
         if !problems.is_empty() {

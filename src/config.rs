@@ -86,7 +86,20 @@ pub struct Limits {
 #[allow(missing_docs)]
 pub struct Model {
     pub bundle: PathBuf,
+    pub engine: EngineChoice,
     pub threads: usize,
+}
+
+/// Which runtime runs the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineChoice {
+    /// The fastest of this build.
+    Auto,
+    /// LiteRT.
+    LiteRt,
+    /// TensorFlow Lite 1.15.
+    TfLite,
 }
 
 /// What is done about pictures that are unusual.

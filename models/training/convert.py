@@ -26,7 +26,7 @@ ALLOWED = {
     "CONV_2D": 3,
     "DEPTHWISE_CONV_2D": 3,
     "ADD": 2,
-    "MEAN": 2,
+    "AVERAGE_POOL_2D": 2,
     "FULLY_CONNECTED": 4,
     "LOGISTIC": 2,
     "QUANTIZE": 1,

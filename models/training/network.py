@@ -60,7 +60,8 @@ def deployed(features: Model, weight: np.ndarray, bias: float) -> Model:
     """
     net = backbone(224, 1)
     net.set_weights(features.get_weights())
-    pooled = layers.GlobalAveragePooling2D(name="pool")(net.output)
+    # Not GlobalAveragePooling2D: TensorFlow Lite 1.15 on 32-bit ARM gives int8 MEAN one step too much in every channel.
+    pooled = layers.Flatten(name="features")(layers.AveragePooling2D(7, name="pool")(net.output))
     score = layers.Dense(1, activation="sigmoid", name="probability")
     cam = layers.Conv2D(1, 1, name="cam")
     model = Model(net.input, [score(pooled), cam(net.output)], name="braintumor")

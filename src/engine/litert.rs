@@ -18,9 +18,8 @@ use std::ptr::{self, NonNull};
 
 use litert_sys as sys;
 
-use super::{
-    ElementType, Engine, EngineError, EngineInfo, QuantParams, TensorSpec, flatbuffer, stderr,
-};
+use super::model_file::ModelFile;
+use super::{ElementType, Engine, EngineError, EngineInfo, TensorSpec, stderr};
 
 /// The first signature of the file; a file without any gets one from the runtime that stands for its main graph.
 const SIGNATURE: sys::LiteRtParamIndex = 0;
@@ -28,40 +27,26 @@ const SIGNATURE: sys::LiteRtParamIndex = 0;
 /// More threads than that per interpreter help on no board that this runs on.
 const MAX_THREADS: usize = 64;
 
-/// Tensors above this size are a mistake, and would be allocated at once.
-const MAX_TENSOR_BYTES: usize = 256 << 20;
-
-/// Loads `bytes` on LiteRT with `threads` threads (1 to 64; values outside are moved to the nearest end).
-pub(super) fn load(bytes: &[u8], threads: usize) -> Result<LiteRt, EngineError> {
-    flatbuffer::check(bytes)?;
-    let (loaded, errors) = stderr::quietly(|| load_loudly(bytes, threads.clamp(1, MAX_THREADS)));
-    loaded.map_err(|error| match (error, errors.first()) {
-        (EngineError::Load(what), Some(reason)) => EngineError::Load(format!("{what}: {reason}")),
-        (error, _) => error,
-    })
+/// Loads `bytes`, whose description is `file`, on LiteRT with `threads` threads (1 to 64; values outside are moved to the
+/// nearest end).
+pub(super) fn load(bytes: &[u8], file: ModelFile, threads: usize) -> Result<LiteRt, EngineError> {
+    stderr::explained(|| load_loudly(bytes, file, threads.clamp(1, MAX_THREADS)))
 }
 
-fn load_loudly(bytes: &[u8], threads: usize) -> Result<LiteRt, EngineError> {
+fn load_loudly(bytes: &[u8], file: ModelFile, threads: usize) -> Result<LiteRt, EngineError> {
+    let ModelFile {
+        input: input_spec,
+        outputs: output_specs,
+        operators,
+    } = file;
     let environment = create_environment()?;
     let file = AlignedBytes::copy_of(bytes);
     let model = create_model(&file)?;
-    let main = Graph::of(&model)?;
-    let (input_specs, output_specs) = (main.input_specs()?, main.output_specs()?);
-    let [input_spec] = &input_specs[..] else {
-        return Err(EngineError::Load(format!(
-            "{} inputs; expected exactly one, the picture",
-            input_specs.len()
-        )));
-    };
-    if output_specs.is_empty() {
-        return Err(EngineError::Load("no outputs".to_owned()));
-    }
-
-    let signature_order = main.outputs_in_signature_order()?;
+    let signature_order = outputs_in_signature_order(&model)?;
 
     let options = create_options(threads)?;
     let compiled = compile(&environment, &model, &options)?;
-    let input = create_buffer(&environment, input_spec)?;
+    let input = create_buffer(&environment, &input_spec)?;
     write_buffer(&input, &vec![0; input_spec.bytes()])?;
     let outputs = output_specs
         .iter()
@@ -72,7 +57,7 @@ fn load_loudly(bytes: &[u8], threads: usize) -> Result<LiteRt, EngineError> {
     run(&compiled, &input, &outputs, &signature_order)
         .map_err(|status| EngineError::Load(format!("it does not run: {status}")))?;
     let delegate = describe_delegate(
-        main.operators,
+        operators,
         &list_undelegated(
             &environment,
             &model,
@@ -98,7 +83,7 @@ fn load_loudly(bytes: &[u8], threads: usize) -> Result<LiteRt, EngineError> {
         _environment: stderr::DropQuietly::new(environment),
         _file: file,
         signature_order,
-        input_specs,
+        input_specs: [input_spec],
         output_specs,
     })
 }
@@ -115,7 +100,7 @@ pub(super) struct LiteRt {
     _file: AlignedBytes,
     /// `outputs[signature_order[i]]` is the i-th output of the signature, which is the order that running wants.
     signature_order: Vec<usize>,
-    input_specs: Vec<TensorSpec>,
+    input_specs: [TensorSpec; 1],
     output_specs: Vec<TensorSpec>,
     info: EngineInfo,
 }
@@ -138,13 +123,7 @@ impl Engine for LiteRt {
     }
 
     fn run(&mut self, input: &[u8], outputs: &mut Vec<Vec<u8>>) -> Result<(), EngineError> {
-        let expected = self.input_specs[0].bytes();
-        if input.len() != expected {
-            return Err(EngineError::Run(format!(
-                "input has {} bytes; the model takes {expected}",
-                input.len()
-            )));
-        }
+        self.input_specs[0].expect_input(input)?;
         write_buffer(&self.input, input)?;
         run(
             &self.compiled,
@@ -450,206 +429,42 @@ fn unlock(buffer: &Owned<sys::LiteRtTensorBufferT>) -> Result<(), EngineError> {
         .map_err(|status| EngineError::Run(format!("a tensor does not unlock: {status}")))
 }
 
-/// The main graph of a model. Its tensors belong to the model, which `'m` keeps alive.
-struct Graph<'m> {
-    model: &'m Owned<sys::LiteRtModelT>,
-    raw: sys::LiteRtSubgraph,
-    operators: usize,
-}
+/// For each output of the signature, its place among the main graph's outputs: a signature sorts them by name.
+fn outputs_in_signature_order(model: &Owned<sys::LiteRtModelT>) -> Result<Vec<usize>, EngineError> {
+    // SAFETY (all): the model is live, graph, signature and tensors belong to it, and the last argument is written to.
+    let index = get(|out| unsafe { sys::LiteRtGetMainModelSubgraphIndex(model.raw(), out) })?;
+    let graph = get(|out| unsafe { sys::LiteRtGetModelSubgraph(model.raw(), index, out) })?;
+    let count = get(|out| unsafe { sys::LiteRtGetNumSubgraphOutputs(graph, out) })?;
+    let outputs: Vec<sys::LiteRtTensor> = (0..count)
+        .map(|i| get(|out| unsafe { sys::LiteRtGetSubgraphOutput(graph, i, out) }))
+        .collect::<Result<_, _>>()?;
 
-impl<'m> Graph<'m> {
-    fn of(model: &'m Owned<sys::LiteRtModelT>) -> Result<Self, EngineError> {
-        // SAFETY (this and the next two): the model is live, and the last argument is written to.
-        let index = get(|out| unsafe { sys::LiteRtGetMainModelSubgraphIndex(model.raw(), out) })?;
-        let raw = get(|out| unsafe { sys::LiteRtGetModelSubgraph(model.raw(), index, out) })?;
-        let operators = get(|out| unsafe { sys::LiteRtGetNumSubgraphOps(raw, out) })?;
-        Ok(Self {
-            model,
-            raw,
-            operators,
+    let signature =
+        get(|out| unsafe { sys::LiteRtGetModelSignature(model.raw(), SIGNATURE, out) })?;
+    let count = get(|out| unsafe { sys::LiteRtGetNumSignatureOutputs(signature, out) })?;
+    let order = (0..count)
+        .map(|i| {
+            let tensor = get(|out| unsafe {
+                sys::LiteRtGetSignatureOutputTensorByIndex(signature, i, out)
+            })?;
+            outputs
+                .iter()
+                .position(|&output| output == tensor)
+                .ok_or_else(|| {
+                    EngineError::Load(format!(
+                        "output {i} of its signature is not an output of its graph"
+                    ))
+                })
         })
-    }
-
-    fn input_specs(&self) -> Result<Vec<TensorSpec>, EngineError> {
-        // SAFETY (both): the graph belongs to a live model; the last argument is written to.
-        let count = get(|out| unsafe { sys::LiteRtGetNumSubgraphInputs(self.raw, out) })?;
-        (0..count)
-            .map(|i| {
-                tensor_spec(
-                    get(|out| unsafe { sys::LiteRtGetSubgraphInput(self.raw, i, out) })?,
-                    "input",
-                    i,
-                )
-            })
-            .collect()
-    }
-
-    fn outputs(&self) -> Result<Vec<sys::LiteRtTensor>, EngineError> {
-        // SAFETY (both): the graph belongs to a live model; the last argument is written to.
-        let count = get(|out| unsafe { sys::LiteRtGetNumSubgraphOutputs(self.raw, out) })?;
-        (0..count)
-            .map(|i| get(|out| unsafe { sys::LiteRtGetSubgraphOutput(self.raw, i, out) }))
-            .collect()
-    }
-
-    fn output_specs(&self) -> Result<Vec<TensorSpec>, EngineError> {
-        self.outputs()?
-            .into_iter()
-            .enumerate()
-            .map(|(i, tensor)| tensor_spec(tensor, "output", i))
-            .collect()
-    }
-
-    /// For each output of the signature, its place among the graph's outputs: a signature sorts them by name.
-    fn outputs_in_signature_order(&self) -> Result<Vec<usize>, EngineError> {
-        let outputs = self.outputs()?;
-        // SAFETY (all three): model and signature are live; the last argument is written to.
-        let signature =
-            get(|out| unsafe { sys::LiteRtGetModelSignature(self.model.raw(), SIGNATURE, out) })?;
-        let count = get(|out| unsafe { sys::LiteRtGetNumSignatureOutputs(signature, out) })?;
-        let order = (0..count)
-            .map(|i| {
-                let tensor = get(|out| unsafe {
-                    sys::LiteRtGetSignatureOutputTensorByIndex(signature, i, out)
-                })?;
-                outputs
-                    .iter()
-                    .position(|&output| output == tensor)
-                    .ok_or_else(|| {
-                        EngineError::Load(format!(
-                            "output {i} of its signature is not an output of its graph"
-                        ))
-                    })
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        if order.len() == outputs.len() {
-            Ok(order)
-        } else {
-            Err(EngineError::Load(format!(
-                "its signature has {} outputs and its graph {}; expected the same",
-                order.len(),
-                outputs.len()
-            )))
-        }
-    }
-}
-
-/// Reads one tensor's description. `tensor` belongs to a live model.
-fn tensor_spec(
-    tensor: sys::LiteRtTensor,
-    kind: &str,
-    index: usize,
-) -> Result<TensorSpec, EngineError> {
-    // SAFETY (here and below): `tensor` belongs to a live model; the last argument is written to. The name is a C string
-    // that belongs to the model.
-    let mut name = unsafe { text(get(|out| sys::LiteRtGetTensorName(tensor, out))?) };
-    if name.is_empty() {
-        name = format!("{kind} {index}");
-    }
-    let refuse = |problem: String| EngineError::Tensor {
-        name: name.clone(),
-        problem,
-    };
-
-    if get(|out| unsafe { sys::LiteRtGetTensorTypeId(tensor, out) })?
-        != sys::kLiteRtRankedTensorType
-    {
-        return Err(refuse("has no fixed number of dimensions".to_owned()));
-    }
-    let tensor_type: sys::LiteRtRankedTensorType =
-        get(|out| unsafe { sys::LiteRtGetRankedTensorType(tensor, out) })?;
-    let element = match tensor_type.element_type {
-        sys::kLiteRtElementTypeInt8 => ElementType::Int8,
-        sys::kLiteRtElementTypeUInt8 => ElementType::UInt8,
-        sys::kLiteRtElementTypeFloat32 => ElementType::Float32,
-        other => {
-            return Err(refuse(format!(
-                "has element type {}; expected int8, uint8 or float32",
-                type_name(other)
-            )));
-        }
-    };
-
-    let rank = tensor_type.layout.rank() as usize;
-    let dimensions = tensor_type
-        .layout
-        .dimensions
-        .get(..rank)
-        .ok_or_else(|| refuse(format!("has {rank} dimensions; expected at most 8")))?;
-    let shape = dimensions
-        .iter()
-        .map(|&extent| usize::try_from(extent).ok().filter(|&extent| extent > 0))
-        .collect::<Option<Vec<usize>>>()
-        .ok_or_else(|| {
-            refuse(format!("has the shape {dimensions:?}; expected fixed sizes (convert with a fixed batch of 1)"))
-        })?;
-    let bytes = shape.iter().try_fold(element.size(), |product, &extent| {
-        product.checked_mul(extent)
-    });
-    if bytes.is_none_or(|bytes| bytes > MAX_TENSOR_BYTES) {
-        return Err(refuse(format!(
-            "has the shape {shape:?}; expected at most {} MiB",
-            MAX_TENSOR_BYTES >> 20
-        )));
-    }
-
-    let quant = match element {
-        ElementType::Float32 => None,
-        ElementType::Int8 | ElementType::UInt8 => {
-            Some(quantization(tensor, element).map_err(&refuse)?)
-        }
-    };
-    Ok(TensorSpec {
-        name,
-        shape,
-        element,
-        quant,
-    })
-}
-
-fn quantization(tensor: sys::LiteRtTensor, element: ElementType) -> Result<QuantParams, String> {
-    // SAFETY (both): `tensor` belongs to a live model; the last argument is written to.
-    let kind = get(|out| unsafe { sys::LiteRtGetQuantizationTypeId(tensor, out) })
-        .map_err(|error| error.to_string())?;
-    if kind != sys::kLiteRtQuantizationPerTensor {
-        return Err(
-            "is an integer tensor without one scale and zero point; expected a fully quantized model".to_owned()
-        );
-    }
-    let raw: sys::LiteRtQuantizationPerTensor =
-        get(|out| unsafe { sys::LiteRtGetPerTensorQuantization(tensor, out) })
-            .map_err(|error| error.to_string())?;
-    let levels = if element == ElementType::Int8 {
-        -128..=127
+        .collect::<Result<Vec<_>, _>>()?;
+    if order.len() == outputs.len() {
+        Ok(order)
     } else {
-        0..=255
-    };
-    match i32::try_from(raw.zero_point) {
-        Ok(zero_point)
-            if raw.scale.is_finite() && raw.scale > 0.0 && levels.contains(&zero_point) =>
-        {
-            Ok(QuantParams {
-                scale: raw.scale,
-                zero_point,
-            })
-        }
-        _ => Err(format!(
-            "has scale {} and zero point {}, which make no sense",
-            raw.scale, raw.zero_point
-        )),
-    }
-}
-
-fn type_name(element: sys::LiteRtElementType) -> String {
-    match element {
-        sys::kLiteRtElementTypeBool => "bool".to_owned(),
-        sys::kLiteRtElementTypeInt16 => "int16".to_owned(),
-        sys::kLiteRtElementTypeInt32 => "int32".to_owned(),
-        sys::kLiteRtElementTypeInt64 => "int64".to_owned(),
-        sys::kLiteRtElementTypeFloat16 => "float16".to_owned(),
-        sys::kLiteRtElementTypeFloat64 => "float64".to_owned(),
-        sys::kLiteRtElementTypeTfString => "string".to_owned(),
-        other => format!("number {other}"),
+        Err(EngineError::Load(format!(
+            "its signature has {} outputs and its graph {}; expected the same",
+            order.len(),
+            outputs.len()
+        )))
     }
 }
 

@@ -1,15 +1,58 @@
 //! The inference engines: one trait at the C boundary, one implementation a runtime.
 //!
 //! The trait speaks raw tensor bytes; what they mean (normalisation, quantization, labels) is decided in safe code above it.
+//! Which runtimes a build has is decided by its features and its target: see `build.rs`, which sets `cfg(litert)` and
+//! `cfg(tflite)`.
 
-#[cfg(feature = "litert")]
-mod flatbuffer;
-#[cfg(feature = "litert")]
+#[cfg(litert)]
 mod litert;
-#[cfg(feature = "litert")]
+mod model_file;
 mod stderr;
+#[cfg(tflite)]
+mod tflite;
 
 pub use crate::tensor::{ElementType, QuantParams, TensorSpec};
+
+impl TensorSpec {
+    /// `input` is as long as this tensor.
+    fn expect_input(&self, input: &[u8]) -> Result<(), EngineError> {
+        let expected = self.bytes();
+        if input.len() == expected {
+            return Ok(());
+        }
+        Err(EngineError::Run(format!(
+            "input has {} bytes; the model takes {expected}",
+            input.len()
+        )))
+    }
+}
+
+/// A runtime for TFLite models.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Runtime {
+    /// LiteRT, TensorFlow Lite's present name.
+    LiteRt,
+    /// TensorFlow Lite 1.15, compiled from source.
+    TfLite,
+}
+
+impl Runtime {
+    /// As the configuration names it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::LiteRt => "litert",
+            Self::TfLite => "tflite",
+        }
+    }
+}
+
+/// The runtimes that this build has, at least one, the fastest first.
+pub const RUNTIMES: &[Runtime] = &[
+    #[cfg(litert)]
+    Runtime::LiteRt,
+    #[cfg(tflite)]
+    Runtime::TfLite,
+];
 
 /// Which runtime runs the model, for the start-up log line and `bench`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,21 +107,26 @@ pub enum EngineError {
     /// Running the model failed.
     #[error("inference failed: {0}")]
     Run(String),
-    /// This build has no engine.
-    #[error("this build has no inference engine; build with --features litert")]
-    NoEngine,
 }
 
-/// Loads `model` (the bytes of a `.tflite` file) on the engine that this build has, with `threads` threads (at least 1).
+/// Loads `model` (the bytes of a `.tflite` file) on `runtime`, one of [`RUNTIMES`], with `threads` threads (at least 1).
 ///
 /// A loaded model has exactly one input, and only tensors of fixed shape and of an [`ElementType`].
-#[cfg(feature = "litert")]
-pub fn load(model: &[u8], threads: usize) -> Result<Box<dyn Engine>, EngineError> {
-    Ok(Box::new(litert::load(model, threads)?))
-}
-
-/// Loads a model on the engine that this build has: there is none.
-#[cfg(not(feature = "litert"))]
-pub fn load(_model: &[u8], _threads: usize) -> Result<Box<dyn Engine>, EngineError> {
-    Err(EngineError::NoEngine)
+pub fn load(
+    runtime: Runtime,
+    model: &[u8],
+    threads: usize,
+) -> Result<Box<dyn Engine>, EngineError> {
+    let file = model_file::ModelFile::read(model)?;
+    match runtime {
+        #[cfg(litert)]
+        Runtime::LiteRt => Ok(Box::new(litert::load(model, file, threads)?)),
+        #[cfg(tflite)]
+        Runtime::TfLite => Ok(Box::new(tflite::load(model, file, threads)?)),
+        #[cfg(not(all(litert, tflite)))]
+        missing => Err(EngineError::Load(format!(
+            "{} is not in this build",
+            missing.as_str()
+        ))),
+    }
 }

@@ -1,8 +1,8 @@
-//! Keeps the runtime's own messages off stderr, and its errors for us.
+//! Keeps a runtime's own messages off stderr, and its errors for us.
 //!
 //! LiteRT 2.1.4 writes to stderr at the start and end of every model, and says the reason of a failure nowhere else; the
-//! functions that would set its log level are not exported, and its option for it has no effect in this version. So while
-//! it may write, file descriptor 2 is a file in memory. What other threads wrote meanwhile is passed on afterwards.
+//! functions that would set its log level are not exported, and its option for it has no effect in this version. TensorFlow
+//! Lite 1.15 has no such setting. So while they may write, file descriptor 2 is a file in memory. What other threads wrote meanwhile is passed on afterwards.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -13,11 +13,24 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::stdio::dup2_stderr;
 
+use super::EngineError;
+
 /// There is one stderr.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
+/// Loads a model quietly; the first error that the runtime wrote is the reason of its refusal.
+pub(super) fn explained<T>(
+    load: impl FnOnce() -> Result<T, EngineError>,
+) -> Result<T, EngineError> {
+    let (loaded, errors) = quietly(load);
+    loaded.map_err(|error| match (error, errors.first()) {
+        (EngineError::Load(what), Some(reason)) => EngineError::Load(format!("{what}: {reason}")),
+        (error, _) => error,
+    })
+}
+
 /// Runs `f`, which must not call this again, and returns with its result the errors that the runtime wrote.
-pub(super) fn quietly<T>(f: impl FnOnce() -> T) -> (T, Vec<String>) {
+fn quietly<T>(f: impl FnOnce() -> T) -> (T, Vec<String>) {
     let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let Some(caught) = Caught::start() else {
         return (f(), Vec::new());
@@ -45,9 +58,9 @@ enum Line<'a> {
 
 /// Tells the runtime's lines (`INFO: [file.cc:30] text`) from those of other threads of this program.
 fn classify(line: &str) -> Line<'_> {
-    // The last is the second line of an error about a custom operator.
+    // The last is the second line of an error about a custom operator; an empty one follows.
     const CHATTER: [&str; 4] = ["VERBOSE: ", "INFO: ", "WARNING: ", "See instructions: "];
-    if CHATTER.iter().any(|start| line.starts_with(start)) {
+    if line == "\n" || CHATTER.iter().any(|start| line.starts_with(start)) {
         return Line::Chatter;
     }
     let Some(message) = line.strip_prefix("ERROR: ") else {
@@ -98,14 +111,17 @@ impl Drop for Caught {
 }
 
 /// Drops what it holds [`quietly`].
+#[cfg(litert)]
 pub(super) struct DropQuietly<T>(Option<T>);
 
+#[cfg(litert)]
 impl<T> DropQuietly<T> {
     pub(super) fn new(inner: T) -> Self {
         Self(Some(inner))
     }
 }
 
+#[cfg(litert)]
 impl<T> Drop for DropQuietly<T> {
     fn drop(&mut self) {
         quietly(|| drop(self.0.take()));

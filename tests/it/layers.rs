@@ -33,11 +33,12 @@ const LOOPS: [&str; 4] = ["commands", "pipeline", "publisher", "studies"];
 const TOP: [&str; 2] = ["daemon", "cli"];
 
 /// Crates that only one module may name.
-const OWNED: [(&str, &str); 6] = [
+const OWNED: [(&str, &str); 7] = [
     ("rumqttc", "mqtt"),
     ("rumqttd", "broker"),
     ("rusqlite", "store"),
     ("litert_sys", "engine"),
+    ("tflite::", "engine"),
     ("notify::", "watch"),
     ("sd_notify", "systemd"),
 ];

@@ -8,6 +8,7 @@ mod cli;
 mod contract;
 mod decode;
 mod dicom;
+mod emulated;
 mod engine;
 mod home_assistant;
 mod layers;

@@ -1,13 +1,13 @@
 //! The main job against a real Mosquitto: a folder fills, results arrive, and nothing that dies on the way loses or doubles one.
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::support::{
-    Appliance, Mosquitto, assert_no_double_outcome, free_port, pause, shared_data, slices, wait_for,
+    Appliance, Mosquitto, assert_no_double_outcome, free_port, pause, real_images, slices, wait_for,
 };
 
 #[test]
@@ -485,33 +485,11 @@ fn killed_at_random_times_loses_nothing_and_doubles_nothing() {
 #[test]
 #[ignore = "long: make test-long"]
 fn killed_ten_times_with_300_real_images() {
-    let Some(data) = shared_data() else {
+    let Some(images) = real_images(300) else {
         println!("skipped: no ../shared/data");
         return;
     };
-    let images: Vec<_> = real_images(&data, 300)
-        .iter()
-        .map(|path| std::fs::read(path).unwrap())
-        .collect();
     kills(&images, 10, 10, Duration::from_millis(1500));
-}
-
-/// Images with distinct content, spread over all sources.
-pub fn real_images(data: &Path, count: usize) -> Vec<PathBuf> {
-    let index = std::fs::read_to_string(data.join("mri/index.csv")).unwrap();
-    let files: Vec<_> = index
-        .lines()
-        .skip(1)
-        .filter_map(|line| line.split(',').next())
-        .collect();
-    let mut seen = HashSet::new();
-    // A stride that shares no factor with the list visits every file once, in a mixed order.
-    let stride = 1009;
-    (0..files.len())
-        .map(|i| data.join("mri").join(files[i * stride % files.len()]))
-        .filter(|path| seen.insert(std::fs::read(path).unwrap()))
-        .take(count)
-        .collect()
 }
 
 /// Exports `images` while the daemon and the broker are killed in turn, then checks that every image has exactly one outcome and at
@@ -565,7 +543,7 @@ fn kills(images: &[Vec<u8>], of_daemon: usize, of_broker: usize, pace: Duration)
 #[test]
 #[ignore = "long: make test-long"]
 fn three_hundred_real_images_arrive_as_three_hundred_results() {
-    let Some(data) = shared_data() else {
+    let Some(images) = real_images(300) else {
         println!("skipped: no ../shared/data");
         return;
     };
@@ -574,8 +552,8 @@ fn three_hundred_real_images_arrive_as_three_hundred_results() {
     let mut appliance = Appliance::new(&broker.url());
     appliance.start();
     let start = Instant::now();
-    for (number, path) in real_images(&data, 300).iter().enumerate() {
-        std::fs::copy(path, appliance.export().join(format!("{number}.img"))).unwrap();
+    for (number, image) in images.iter().enumerate() {
+        std::fs::write(appliance.export().join(format!("{number}.img")), image).unwrap();
     }
     let results = subscriber.wait_for_scans(300);
     println!("300 results in {:.1} s", start.elapsed().as_secs_f64());
