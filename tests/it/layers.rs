@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Modules by layer, from the bottom. Within the two middle kinds of layer nobody imports a neighbour.
-const PURE: [&str; 11] = [
+const PURE: [&str; 12] = [
     "config",
     "health",
     "home_assistant",
@@ -14,15 +14,17 @@ const PURE: [&str; 11] = [
     "phantom",
     "prediction",
     "preview",
+    "progress",
     "scan",
     "tensor",
 ];
-const EDGES: [&str; 7] = [
+const EDGES: [&str; 8] = [
     "broker",
     "engine",
     "mqtt",
     "simulate",
     "store",
+    "systemd",
     "telemetry",
     "watch",
 ];
@@ -31,13 +33,14 @@ const LOOPS: [&str; 4] = ["commands", "pipeline", "publisher", "studies"];
 const TOP: [&str; 2] = ["daemon", "cli"];
 
 /// Crates that only one module may name.
-const OWNED: [(&str, &str); 6] = [
+const OWNED: [(&str, &str); 7] = [
     ("rumqttc", "mqtt"),
     ("rumqttd", "broker"),
     ("rusqlite", "store"),
     ("litert_sys", "engine"),
     ("tflite::", "engine"),
     ("notify::", "watch"),
+    ("sd_notify", "systemd"),
 ];
 
 fn rank(module: &str) -> Option<usize> {
