@@ -3,7 +3,7 @@
 CARGO ?= cargo
 SHARED_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test test-long test-tflite test-emulated test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 setup setup-browser build lint doc deny asyncapi model reference fuzz clean
+.PHONY: demo test test-long test-tflite test-emulated test-deb test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model reference fuzz clean
 
 ## The main job in one process: embedded broker, simulated scanner, real model (ARGS="--count 20 --rate 5")
 demo: setup
@@ -56,6 +56,19 @@ setup:
 
 build: setup
 	$(CARGO) build --release
+
+## Packages for amd64, arm64 and armhf in target/debian (TRIPLES="x86_64-unknown-linux-gnu" for one)
+TRIPLES ?= x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu armv7-unknown-linux-gnueabihf
+deb:
+	set -e; for triple in $(TRIPLES); do cross/build.sh $$triple; scripts/deb.sh $$triple; done
+
+## The amd64 package in a booted Debian 12: install, run, update, roll-out with Ansible, remove, purge (as root; 5 minutes)
+test-deb:
+	cross/build.sh x86_64-unknown-linux-gnu
+	@# The newer one first: cargo-deb takes away what it made before.
+	DEB_OUTPUT=target/deb-root/newer/ scripts/deb.sh x86_64-unknown-linux-gnu 99-1
+	scripts/deb.sh x86_64-unknown-linux-gnu
+	tests/packaging/test-deb.sh target/debian/scansentry_*_amd64.deb target/deb-root/newer/scansentry_*_amd64.deb
 
 lint: setup
 	$(CARGO) fmt --check

@@ -16,8 +16,8 @@ if [ "${1:-}" = --packages ]; then
     only_packages=$*
 fi
 
-# A C compiler for the bundled SQLite; pip for LiteRT's wheel; the broker and its clients for the tests.
-packages="gcc libc6-dev python3 python3-pip python3-venv mosquitto mosquitto-clients openssl"
+# A C compiler for the bundled SQLite; pip for LiteRT's wheel; the broker and its clients, and a DICOM sender and receiver, for the tests.
+packages="gcc libc6-dev python3 python3-pip python3-venv mosquitto mosquitto-clients openssl dcmtk"
 packages=${only_packages:-$packages}
 
 say() { echo "setup: $*" >&2; }

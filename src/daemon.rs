@@ -29,13 +29,13 @@ use crate::manifest::CropMethod;
 use crate::message::{Reporter, Sender};
 use crate::metrics::{DashboardMetrics, Metrics};
 use crate::mqtt::Settings;
-use crate::pipeline::Stopwatch;
 use crate::pipeline::intake::Intake;
 use crate::pipeline::worker::{self, Context};
 use crate::preview;
+use crate::progress::Board;
 use crate::publisher::Publisher;
 use crate::store::{Opened, StateDir, Store};
-use crate::{studies, watch};
+use crate::{studies, systemd, watch};
 use probes::Answers;
 
 /// Wait between tries to get the web server's port.
@@ -43,6 +43,12 @@ const BIND_AGAIN: Duration = Duration::from_secs(10);
 
 /// How long the files in the workers may take at a stop.
 const FINISH: Duration = Duration::from_secs(20);
+
+/// How often systemd is told, at most.
+const PULSE: Duration = Duration::from_secs(10);
+
+/// How long a loop may be silent where no watchdog says how long.
+const SILENCE: Duration = Duration::from_mins(1);
 
 /// Everything that can be refused before anything runs: a configuration, its files, and a model that works.
 pub struct Prepared {
@@ -162,6 +168,7 @@ pub async fn run(
     let metrics = Metrics::default();
     let health = Health::default();
     // What this process writes, above all the ledger with its paths, is for its own user.
+    systemd::starting();
     rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
     let state = StateDir::open(&config.state.dir)
         .context(format!("state.dir: {}", config.state.dir.display()))?;
@@ -226,11 +233,15 @@ pub async fn run(
         metrics: metrics.clone(),
     };
     let (reports_tx, reports) = mpsc::unbounded_channel();
+    // Half of the watchdog's time for whatever loop, and on top what a loop may rightly wait for.
+    let silence = systemd::watchdog().map_or(SILENCE, |time| time / 2);
+    let mut board = Board::default();
     let mut queues = Vec::new();
     let mut worker_threads = Vec::new();
     for (index, classifier) in classifiers.into_iter().enumerate() {
         let (queue, candidates) = std::sync::mpsc::sync_channel(1);
-        let stopwatch = Stopwatch::default();
+        let deadline = Duration::from_secs(config.pipeline.deadline_s);
+        let stopwatch = board.watch(format!("worker {index}"), deadline + silence);
         worker_threads.push(
             worker::spawn(
                 index,
@@ -281,7 +292,8 @@ pub async fn run(
         queues,
         suspects,
         held,
-    );
+    )
+    .watched_by(board.watch("intake", silence));
     let mut taking = tokio::spawn(intake.run(hints, reports, stop_input.clone()));
     let mut serving = tokio::spawn(serve(
         http,
@@ -301,6 +313,12 @@ pub async fn run(
         },
         stop_output.clone(),
     ));
+    let patience = config.mqtt.connect_timeout_s.max(config.mqtt.ack_timeout_s);
+    let turn = board.watch("publisher", Duration::from_secs(patience) + silence);
+    let pulse = systemd::listens().then(|| {
+        let (store, health, backlog) = (store.clone(), health.clone(), backlog.clone());
+        tokio::spawn(pulse(board, silence, store, health, backlog))
+    });
     let publisher = Publisher {
         settings,
         mqtt: config.mqtt.clone(),
@@ -315,6 +333,7 @@ pub async fn run(
         backlog,
         engine,
         stay_online: control.reload.clone(),
+        turn,
     };
     let mut publishing = tokio::spawn(publisher.run(stop_output.clone()));
     ready();
@@ -358,6 +377,11 @@ pub async fn run(
     )
     .await;
     finish(serving, FINISH).await;
+    if let Some(pulse) = pulse {
+        // It holds the store.
+        pulse.abort();
+        let _ = pulse.await;
+    }
     if finished {
         let closed = tokio::task::spawn_blocking(move || store_thread.join());
         if tokio::time::timeout(FINISH, closed).await.is_err() {
@@ -433,6 +457,54 @@ async fn serve(
         }
     }
     Ok(())
+}
+
+/// Tells systemd that work gets on, as long as it does: every loop turns, and the ledger answers.
+async fn pulse(
+    board: Board,
+    silence: Duration,
+    store: Store,
+    health: Health,
+    backlog: Arc<AtomicU64>,
+) {
+    let mut tick = tokio::time::interval(PULSE.min(silence / 2));
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut said = false;
+    loop {
+        tick.tick().await;
+        let counts = tokio::time::timeout(silence, store.call(|ledger| ledger.counts())).await;
+        let standstill = match (&counts, board.standstill()) {
+            (Err(_), _) => Some(("ledger".to_owned(), silence)),
+            (_, Some((name, time))) => Some((name.to_owned(), time)),
+            _ => None,
+        };
+        if let Some((name, time)) = standstill {
+            if !said {
+                let line = format!("{name}: stands still for {} s", time.as_secs());
+                tracing::error!("{line}; the watchdog is not fed any more");
+                systemd::status(&line);
+            }
+            said = true;
+            continue;
+        }
+        said = false;
+        systemd::alive();
+        if let Ok(Ok(counts)) = counts {
+            let files = backlog.load(Ordering::Relaxed);
+            let conditions: Vec<_> = health.now().into_keys().map(Condition::code).collect();
+            let mut line = format!(
+                "{}; {} classified, {} rejected; waiting: {files} files, {} messages",
+                if files == 0 { "idle" } else { "working" },
+                counts.classified,
+                counts.rejected,
+                counts.outbox
+            );
+            if !conditions.is_empty() {
+                line = format!("{line}; degraded: {}", conditions.join(", "));
+            }
+            systemd::status(&line);
+        }
+    }
 }
 
 fn describe<E: std::fmt::Display>(

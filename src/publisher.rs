@@ -27,6 +27,7 @@ use crate::message::{
 };
 use crate::mqtt::{Backoff, Event, Gone, Sending, Session, Settings, Ticket};
 use crate::preview::Inlet;
+use crate::progress::Stopwatch;
 use crate::store::{Ledger, Store, StoreError};
 
 /// Payload of the retained status topic while connected.
@@ -76,6 +77,8 @@ pub struct Publisher {
     pub engine: String,
     /// Whether the daemon comes back at once under the same topics, so that its status stays online.
     pub stay_online: Arc<AtomicBool>,
+    /// Started anew at every turn, at least once a second while connected; stopped between connections.
+    pub turn: Stopwatch,
 }
 
 /// Why a connection was given up.
@@ -97,7 +100,17 @@ impl From<Gone> for Ended {
 impl Publisher {
     /// Publishes until `stop`, then for at most `mqtt.drain_s` more until the outbox is empty, then says goodbye.
     pub async fn run(mut self, stop: CancellationToken) -> Result<(), StoreError> {
-        let mut previews = self.previews.take();
+        let previews = self.previews.take();
+        let end = self.publish(previews, &stop).await;
+        self.turn.stop();
+        end
+    }
+
+    async fn publish(
+        &self,
+        mut previews: Option<Inlet>,
+        stop: &CancellationToken,
+    ) -> Result<(), StoreError> {
         let settings = self.settings.clone().with_will(
             self.reporter.sender.topic(Kind::Status),
             OFFLINE,
@@ -109,9 +122,10 @@ impl Publisher {
         let newest = self.store.call(|ledger| ledger.newest_pending()).await;
         let mut sent_before = newest.unwrap_or_default();
         loop {
+            self.turn.start();
             let mut connection =
-                Connection::new(&self, &settings, previews.as_mut(), started, sent_before);
-            let ended = connection.run(&stop, &mut backoff).await;
+                Connection::new(self, &settings, previews.as_mut(), started, sent_before);
+            let ended = connection.run(stop, &mut backoff).await;
             sent_before = connection.sent_now;
             match ended {
                 Ended::Stop => {
@@ -131,6 +145,7 @@ impl Publisher {
                     tracing::debug!(reason, "connection lost");
                 }
             }
+            self.turn.stop();
             tokio::select! {
                 () = stop.cancelled() => return Ok(()),
                 () = tokio::time::sleep(backoff.wait()) => {}
@@ -289,6 +304,7 @@ impl<'a> Connection<'a> {
         let mut overdue_tick = tokio::time::interval(Duration::from_secs(1).min(ack_timeout / 2));
         let mut drain_until: Option<Instant> = None;
         loop {
+            self.publisher.turn.start();
             let taken = self
                 .previews
                 .as_mut()

@@ -9,7 +9,7 @@ use super::{Failure, Global, block_on};
 use crate::config::Config;
 use crate::dashboard::Dashboard;
 use crate::metrics::DashboardMetrics;
-use crate::{http, mqtt, telemetry};
+use crate::{http, mqtt, systemd, telemetry};
 
 pub(super) fn dashboard(global: &Global) -> Result<(), Failure> {
     let config = global.load()?;
@@ -48,8 +48,7 @@ pub(super) fn dashboard(global: &Global) -> Result<(), Failure> {
         };
         let ready = |url: &str| {
             println!("{url}");
-            // Without systemd there is nobody to tell.
-            let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+            systemd::ready();
         };
         let mut running = std::pin::pin!(dashboard.run(None, stop.clone(), ready));
         let ended = loop {

@@ -1,4 +1,4 @@
-//! `run`: the daemon, its signals, its word to systemd.
+//! `run`: the daemon and its signals.
 
 use std::time::Instant;
 
@@ -6,7 +6,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Failure, Global, block_on};
 use crate::daemon::{self, Control, Prepared};
-use crate::telemetry;
+use crate::{systemd, telemetry};
 
 pub(super) fn run(global: &Global) -> Result<(), Failure> {
     let start = Instant::now();
@@ -30,7 +30,7 @@ async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Resul
         let control = Control::default();
         let ready = || {
             tracing::info!(ms = start.elapsed().as_millis() as u64, "ready");
-            notify(&[sd_notify::NotifyState::Ready]);
+            systemd::ready();
         };
         let topic_base = prepared.topic_base();
         let mut running = std::pin::pin!(daemon::run(prepared, control.clone(), ready, |_| {}));
@@ -45,9 +45,12 @@ async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Resul
                 _ = terminate.recv() => stopping = true,
                 _ = interrupt.recv() => stopping = true,
                 _ = hangup.recv(), if !stopping && next.is_none() => {
+                    systemd::reloading();
                     if let Some(prepared) = reload(global).await {
                         control.stop_for_reload(prepared.topic_base() == topic_base);
                         next = Some(prepared);
+                    } else {
+                        systemd::ready();
                     }
                 }
             }
@@ -65,7 +68,7 @@ async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Resul
 
 fn stop(control: &Control) {
     tracing::info!("stopping");
-    notify(&[sd_notify::NotifyState::Stopping]);
+    systemd::stopping();
     control.stop();
 }
 
@@ -87,9 +90,4 @@ async fn reload(global: &Global) -> Option<Prepared> {
         tracing::error!("not reloaded, the old configuration stays: {problem}");
     }
     None
-}
-
-fn notify(states: &[sd_notify::NotifyState<'_>]) {
-    // Without systemd there is nobody to tell.
-    let _ = sd_notify::notify(states);
 }

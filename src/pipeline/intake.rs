@@ -22,9 +22,10 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::{Candidate, Disposition, Report, Stopwatch};
+use super::{Candidate, Disposition, Report};
 use crate::config::Config;
 use crate::health::{Condition, Health};
+use crate::progress::Stopwatch;
 use crate::scan::{ScanFile, Stamp};
 use crate::store::{Store, free_bytes};
 use crate::watch::{self, Hint};
@@ -71,6 +72,8 @@ pub struct Intake {
     backlog: Arc<AtomicU64>,
     workers: Vec<std_mpsc::SyncSender<Candidate>>,
     stopwatches: Vec<Stopwatch>,
+    /// Of this loop.
+    turn: Stopwatch,
     idle: Vec<usize>,
     ready: VecDeque<Candidate>,
     /// Paths in `ready` or in a worker.
@@ -169,6 +172,7 @@ impl Intake {
             backlog,
             workers,
             stopwatches,
+            turn: Stopwatch::default(),
             idle,
             ready: VecDeque::new(),
             taken: HashSet::new(),
@@ -185,9 +189,27 @@ impl Intake {
         }
     }
 
+    /// Starts `turn` anew at every turn, at least once in [`ROOM_CHECK`].
+    #[must_use]
+    pub fn watched_by(mut self, turn: Stopwatch) -> Self {
+        self.turn = turn;
+        self
+    }
+
     /// Runs until `stop`; then waits for the files that are in a worker, and ends, and the workers with it.
     pub async fn run(
         mut self,
+        hints: mpsc::Receiver<Hint>,
+        reports: mpsc::UnboundedReceiver<Report>,
+        stop: CancellationToken,
+    ) -> Result<(), IntakeError> {
+        let end = self.take(hints, reports, stop).await;
+        self.turn.stop();
+        end
+    }
+
+    async fn take(
+        &mut self,
         mut hints: mpsc::Receiver<Hint>,
         mut reports: mpsc::UnboundedReceiver<Report>,
         stop: CancellationToken,
@@ -198,6 +220,7 @@ impl Intake {
         let mut room_check = tokio::time::interval(ROOM_CHECK);
         room_check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
+            self.turn.start();
             self.dispatch();
             self.begin_walk();
             self.backlog.store(
@@ -257,7 +280,10 @@ impl Intake {
         while let Some(&worker) = self.idle.last()
             && let Some(candidate) = self.ready.pop_front()
         {
+            // From here on, so that a worker that never begins is noticed too.
+            self.stopwatches[worker].start();
             if let Err(error) = self.workers[worker].try_send(candidate) {
+                self.stopwatches[worker].stop();
                 let (std_mpsc::TrySendError::Full(candidate)
                 | std_mpsc::TrySendError::Disconnected(candidate)) = error;
                 // An idle worker takes at once; if it does not, it is about to report that it died.

@@ -14,9 +14,6 @@ mod read;
 pub mod worker;
 
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
 use crate::scan::Stamp;
 
@@ -53,45 +50,4 @@ pub struct Report {
     pub path: PathBuf,
     /// What became of it.
     pub disposition: Disposition,
-}
-
-/// Since when a worker has been decoding or classifying: started and stopped by the worker, read by the intake.
-#[derive(Debug, Clone)]
-pub struct Stopwatch {
-    base: Instant,
-    /// Milliseconds after `base`, plus 1; 0 while stopped.
-    since: Arc<AtomicU64>,
-}
-
-impl Default for Stopwatch {
-    fn default() -> Self {
-        Self {
-            base: Instant::now(),
-            since: Arc::new(AtomicU64::new(0)),
-        }
-    }
-}
-
-impl Stopwatch {
-    /// Starts it.
-    pub fn start(&self) {
-        let since = self.base.elapsed().as_millis() as u64 + 1;
-        self.since.store(since, Ordering::Relaxed);
-    }
-
-    /// Stops it.
-    pub fn stop(&self) {
-        self.since.store(0, Ordering::Relaxed);
-    }
-
-    /// How long it has been running; zero while stopped.
-    pub fn running(&self) -> Duration {
-        match self.since.load(Ordering::Relaxed) {
-            0 => Duration::ZERO,
-            since => self
-                .base
-                .elapsed()
-                .saturating_sub(Duration::from_millis(since - 1)),
-        }
-    }
 }

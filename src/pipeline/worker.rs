@@ -11,7 +11,7 @@ use jiff::tz::{Offset, TimeZone};
 use tokio::sync::{Notify, mpsc};
 
 use super::read::{Content, read};
-use super::{Candidate, Disposition, Report, Stopwatch};
+use super::{Candidate, Disposition, Report};
 use crate::classifier::Classifier;
 use crate::config::Config;
 use crate::health::{Condition, Health};
@@ -21,6 +21,7 @@ use crate::message::{ClassifiedPicture, Examined, Reporter, millis, outcome_word
 use crate::metrics::Metrics;
 use crate::prediction::{Decision, RejectCode, RejectReason};
 use crate::preview::Outlet;
+use crate::progress::Stopwatch;
 use crate::scan::{ScanFile, ScanId, Stamp, path_bytes, sha256};
 use crate::store::{
     Claim, Ledger, NewOutcome, PictureOutcome, Recorded, Store, StoreError, StudyGroup,
@@ -68,6 +69,7 @@ pub fn spawn(
                 stopwatch,
             };
             while let Ok(candidate) = candidates.recv() {
+                worker.stopwatch.stop();
                 let path = candidate.path.clone();
                 let disposition = catch_unwind(AssertUnwindSafe(|| worker.process(&candidate)))
                     .unwrap_or(Disposition::WorkerDied);
@@ -90,7 +92,8 @@ pub fn spawn(
 struct Worker {
     context: Context,
     classifier: Classifier,
-    /// Runs while a file can make this worker hang: not while it waits for the ledger.
+    /// Started by the intake when it hands over a file. Runs while a file can make this worker hang: not while it waits for the folder or the
+    /// ledger, where starting again would not help; the health board and the answers of the ledger tell of those.
     stopwatch: Stopwatch,
 }
 

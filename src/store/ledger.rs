@@ -237,8 +237,11 @@ impl Ledger {
         conn.busy_timeout(std::time::Duration::from_secs(10))?;
         conn.set_prepared_statement_cache_capacity(64);
         // WAL with FULL: a commit is on the disk before it is answered, and a power cut loses only what was not answered.
+        // Small pages, because a commit writes whole ones and SD cards wear: 35 kB an image instead of 82 with pages of 4096 bytes. A new
+        // database only; and a checkpoint every 4 MB, as with the larger pages.
         conn.execute_batch(
-            "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA temp_store = MEMORY;",
+            "PRAGMA page_size = 1024; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA temp_store = MEMORY;
+             PRAGMA wal_autocheckpoint = 4000;",
         )?;
         let found: i64 = conn.query_row("PRAGMA user_version", [], |row| row.get(0))?;
         let Some(steps) = usize::try_from(found).ok().and_then(|f| STEPS.get(f..)) else {

@@ -1,7 +1,7 @@
 //! The cross-built programs (`cross/build.sh`) on this machine, under QEMU: the main job against a real Mosquitto. Nothing here
 //! ran on a real ARM board.
 //!
-//! Where there is no such build the tests say so and pass, unless `SCANSENTRY_EMULATED=1` (`make test-emulated`) demands it.
+//! `make test-emulated` builds the programs and sets `SCANSENTRY_EMULATED=1`; otherwise the tests say that they did nothing.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,21 +17,21 @@ use crate::support::{
 /// Made pictures, and as many real ones where they are.
 const IMAGES: usize = 50;
 
-/// How to run the program that was built for `target`; `None` where it was not built, which is said.
+/// How to run the program that was built for `target`; `None` where that is not asked for, which is said.
 fn emulated(target: &str, qemu: &str, cpu: &str, sysroot: &str) -> Option<Vec<String>> {
+    if std::env::var_os("SCANSENTRY_EMULATED").is_none() {
+        eprintln!("not tested: {target}; `make test-emulated` does");
+        return None;
+    }
     let program = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("target")
         .join(target)
         .join("stage/bin/scansentry");
-    if !program.exists() {
-        assert!(
-            std::env::var_os("SCANSENTRY_EMULATED").is_none(),
-            "{} is not there; run cross/build.sh {target}",
-            program.display()
-        );
-        eprintln!("not tested: no build for {target}; `make test-emulated` makes one");
-        return None;
-    }
+    assert!(
+        program.exists(),
+        "{}: is not there; run cross/build.sh {target}",
+        program.display()
+    );
     let program = program.to_str().unwrap();
     Some(
         [qemu, "-cpu", cpu, "-L", sysroot, program]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Modules by layer, from the bottom. Within the two middle kinds of layer nobody imports a neighbour.
-const PURE: [&str; 12] = [
+const PURE: [&str; 13] = [
     "config",
     "health",
     "history",
@@ -15,10 +15,11 @@ const PURE: [&str; 12] = [
     "phantom",
     "prediction",
     "preview",
+    "progress",
     "scan",
     "tensor",
 ];
-const EDGES: [&str; 9] = [
+const EDGES: [&str; 10] = [
     "broker",
     "engine",
     "http",
@@ -26,6 +27,7 @@ const EDGES: [&str; 9] = [
     "mqtt",
     "simulate",
     "store",
+    "systemd",
     "telemetry",
     "watch",
 ];
@@ -34,7 +36,7 @@ const LOOPS: [&str; 5] = ["commands", "dashboard", "pipeline", "publisher", "stu
 const TOP: [&str; 2] = ["daemon", "cli"];
 
 /// Crates that only one module may name.
-const OWNED: [(&str, &str); 9] = [
+const OWNED: [(&str, &str); 10] = [
     ("axum", "http"),
     ("hyper", "http"),
     ("prometheus_client", "metrics"),
@@ -44,6 +46,7 @@ const OWNED: [(&str, &str); 9] = [
     ("litert_sys", "engine"),
     ("tflite::", "engine"),
     ("notify::", "watch"),
+    ("sd_notify", "systemd"),
 ];
 
 fn rank(module: &str) -> Option<usize> {

@@ -1,0 +1,182 @@
+//! The word to systemd, heard at a real notification socket: readiness, reloads, status, and a watchdog that work feeds and not a clock.
+
+use std::io::{BufRead as _, BufReader};
+use std::os::unix::net::UnixDatagram;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::support::{Appliance, Mosquitto, Process, pause, slices, wait_for};
+
+/// What the daemon is told of the watchdog; half of it is what a loop may be silent.
+const WATCHDOG: Duration = Duration::from_secs(6);
+
+/// An appliance whose service manager is the test.
+struct Supervised {
+    appliance: Appliance,
+    socket: UnixDatagram,
+    /// Every line so far, and when.
+    heard: Vec<(Instant, String)>,
+}
+
+impl Supervised {
+    fn new(broker: &Mosquitto) -> Self {
+        let more = "[pipeline]\nworkers = 2\ndeadline_s = 5\n";
+        let mut appliance = Appliance::with(&broker.url(), more);
+        let path = appliance.folder.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        appliance.set("NOTIFY_SOCKET", path.to_str().unwrap());
+        appliance.set("WATCHDOG_USEC", &WATCHDOG.as_micros().to_string());
+        Self {
+            appliance,
+            socket,
+            heard: Vec::new(),
+        }
+    }
+
+    fn listen(&mut self) -> &[(Instant, String)] {
+        let mut buffer = [0; 4096];
+        while let Ok(length) = self.socket.recv(&mut buffer) {
+            let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+            let now = Instant::now();
+            self.heard
+                .extend(text.lines().map(|line| (now, line.to_owned())));
+        }
+        &self.heard
+    }
+
+    fn count(&mut self, start: &str) -> usize {
+        let heard = self.listen();
+        heard
+            .iter()
+            .filter(|(_, line)| line.starts_with(start))
+            .count()
+    }
+
+    /// Waits for one more line that begins with `start`.
+    #[track_caller]
+    fn wait_for(&mut self, start: &str) {
+        let before = self.count(start);
+        wait_for(start, || self.count(start) > before);
+    }
+
+    /// Freezes the threads whose names begin with `prefix`, until the result is dropped.
+    fn freeze(&self, prefix: &str) -> Process {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/freeze.py");
+        let pid = self.appliance.process.as_ref().unwrap().0.id().to_string();
+        let mut freezer = Process::spawn(
+            Command::new("python3")
+                .arg(script)
+                .args([&pid, prefix])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped()),
+        );
+        let mut held = String::new();
+        BufReader::new(freezer.0.stdout.as_mut().unwrap())
+            .read_line(&mut held)
+            .unwrap();
+        let held: usize = held
+            .trim()
+            .parse()
+            .expect("threads can be stopped: as root, or with kernel.yama.ptrace_scope = 0");
+        assert!(held > 0, "there is no thread {prefix}");
+        freezer
+    }
+
+    /// Waits until the watchdog would have struck.
+    fn starve(&mut self) {
+        wait_for("the watchdog to go hungry", || {
+            let last = self
+                .listen()
+                .iter()
+                .rfind(|(_, line)| line == "WATCHDOG=1")
+                .unwrap();
+            last.0.elapsed() > WATCHDOG
+        });
+    }
+}
+
+#[test]
+fn systemd_hears_of_start_work_reload_and_stop() {
+    let broker = Mosquitto::start();
+    let mut supervised = Supervised::new(&broker);
+    supervised.appliance.start();
+    supervised.wait_for("WATCHDOG=1");
+    assert!(supervised.count("EXTEND_TIMEOUT_USEC=") == 1 && supervised.count("READY=1") == 1);
+    supervised.wait_for("STATUS=idle; 0 classified, 0 rejected; waiting: 0 files, 0 messages");
+
+    for (number, slice) in slices(4).iter().enumerate() {
+        supervised
+            .appliance
+            .rename_in(&format!("{number}.png"), slice);
+    }
+    supervised.wait_for("STATUS=idle; 4 classified");
+    supervised.wait_for("WATCHDOG=1");
+
+    let process = supervised.appliance.process.take().unwrap();
+    process.signal("HUP");
+    wait_for("the reload", || supervised.count("READY=1") == 2);
+    assert!(supervised.count("RELOADING=1") == 1 && supervised.count("MONOTONIC_USEC=") == 1);
+    // A reload that is refused ends as well, or systemd would wait for it.
+    let config = supervised.appliance.folder.path().join("config.toml");
+    std::fs::write(config, "[mqqt]\n").unwrap();
+    process.signal("HUP");
+    wait_for("the end of the refused reload", || {
+        supervised.count("READY=1") == 3
+    });
+    assert_eq!(supervised.count("RELOADING=1"), 2);
+    supervised.wait_for("WATCHDOG=1");
+
+    supervised.appliance.process = Some(process);
+    assert_eq!(supervised.appliance.stop(), Some(0));
+    assert_eq!(supervised.count("STOPPING=1"), 1);
+}
+
+#[test]
+fn a_ledger_that_stands_still_starves_the_watchdog() {
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let mut supervised = Supervised::new(&broker);
+    supervised.appliance.start();
+    supervised.wait_for("WATCHDOG=1");
+    let freezer = supervised.freeze("store");
+    for (number, slice) in slices(2).iter().enumerate() {
+        supervised
+            .appliance
+            .rename_in(&format!("{number}.png"), slice);
+    }
+    supervised.starve();
+    assert_eq!(supervised.count("STATUS=ledger: stands still"), 1);
+    // Where nobody kills it, it goes on when the ledger does.
+    drop(freezer);
+    subscriber.wait_for_scans(2);
+    supervised.wait_for("WATCHDOG=1");
+}
+
+#[test]
+fn workers_may_rest_but_one_that_hangs_starves_the_watchdog_and_ends_the_process() {
+    let broker = Mosquitto::start();
+    let mut supervised = Supervised::new(&broker);
+    supervised.appliance.start();
+    supervised.wait_for("WATCHDOG=1");
+    let freezer = supervised.freeze("worker");
+    // With nothing to do they are missed by nobody.
+    let rest = Instant::now();
+    wait_for("rest", || rest.elapsed() > WATCHDOG);
+    supervised.wait_for("WATCHDOG=1");
+    supervised.appliance.rename_in("a.png", &slices(1)[0]);
+    supervised.starve();
+    let code = supervised.appliance.process.as_mut().unwrap().exit_code();
+    assert_eq!(code, Some(1), "{}", supervised.appliance.log());
+    let log = supervised.appliance.log();
+    assert!(log.contains("more than pipeline.deadline_s"), "{log}");
+    drop(freezer);
+
+    // Started again, as systemd would, it does what was left.
+    supervised.appliance.start();
+    wait_for("the result", || {
+        pause(Duration::from_millis(200));
+        supervised.appliance.status()["counts"]["classified"] == 1
+    });
+}
