@@ -110,6 +110,8 @@ impl Server {
         let mut process = Process::spawn(
             Command::new(env!("CARGO_BIN_EXE_scansentry"))
                 .arg("dashboard")
+                // Queues are what is measured, not what glibc keeps in an arena for each thread (docs/dashboard.md).
+                .env("MALLOC_ARENA_MAX", "2")
                 .env("SCANSENTRY_CONFIG", self.folder.path().join("config.toml"))
                 .stdout(Stdio::piped())
                 .stderr(log),
