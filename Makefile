@@ -3,7 +3,7 @@
 CARGO ?= cargo
 SHARED_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test test-long test-tflite test-emulated test-deb test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model reference fuzz clean
+.PHONY: demo test test-long test-tflite test-emulated test-deb test-arm64 test-board test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model reference fuzz clean
 
 ## The main job in one process: embedded broker, simulated scanner, real model (ARGS="--count 20 --rate 5")
 demo: setup
@@ -29,7 +29,7 @@ screenshots: setup-browser
 
 # Node.js 18 or newer from wherever; Debian 12 has 18.
 setup-browser: setup
-	@scripts/setup.sh --packages chromium $$(node -e 'process.exit(Number(process.versions.node.split(".")[0]) < 18)' 2>/dev/null && command -v npm >/dev/null || echo nodejs npm)
+	@scripts/setup.sh --packages chromium $$(node -e 'process.exit(parseInt(process.versions.node) < 18 ? 1 : 0)' 2>/dev/null && command -v npm >/dev/null || echo nodejs npm)
 	@cd tests/browser && npm ci --no-fund --no-audit --loglevel=error
 
 ## The same tests with the second engine, TensorFlow Lite 1.15 (compiled from source: some minutes at first)
@@ -69,6 +69,17 @@ test-deb:
 	DEB_OUTPUT=target/deb-root/newer/ scripts/deb.sh x86_64-unknown-linux-gnu 99-1
 	scripts/deb.sh x86_64-unknown-linux-gnu
 	tests/packaging/test-deb.sh target/debian/scansentry_*_amd64.deb target/deb-root/newer/scansentry_*_amd64.deb
+
+## The arm64 package in an emulated arm64 Debian 12: check, classify, run (as root; the first time it makes that system, five minutes)
+ARM64_DEB = target/debian/scansentry_*_arm64.deb
+test-arm64:
+	$(MAKE) deb TRIPLES=aarch64-unknown-linux-gnu
+	tests/packaging/board.py chroot $(ARM64_DEB)
+
+## The same package on an emulated board with systemd, which is reset in the middle of a batch (as root; ten minutes)
+test-board:
+	$(MAKE) deb TRIPLES=aarch64-unknown-linux-gnu
+	tests/packaging/board.py boot $(ARM64_DEB)
 
 lint: setup
 	$(CARGO) fmt --check

@@ -540,6 +540,39 @@ fn kills(images: &[Vec<u8>], of_daemon: usize, of_broker: usize, pace: Duration)
     );
 }
 
+/// SD cards wear: what the daemon writes for one image, its messages acknowledged, images coming one by one.
+#[test]
+#[ignore = "long: make test-long"]
+fn little_is_written_for_an_image() {
+    const IMAGES: usize = 40;
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let mut appliance = Appliance::new(&broker.url());
+    appliance.start();
+    let pid = appliance.process.as_ref().unwrap().0.id();
+    let written = || {
+        let io = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap();
+        let line = io.lines().find(|l| l.starts_with("write_bytes")).unwrap();
+        line["write_bytes: ".len()..].parse::<u64>().unwrap()
+    };
+    let log = || {
+        std::fs::metadata(appliance.folder.path().join("log"))
+            .unwrap()
+            .len()
+    };
+    let before = written() - log();
+    for (number, image) in slices(IMAGES).iter().enumerate() {
+        appliance.rename_in(&format!("{number}.img"), image);
+        subscriber.wait_for_scans(number + 1);
+    }
+    wait_for("all to be acknowledged", || {
+        appliance.status()["counts"]["outbox"] == 0
+    });
+    let each = (written() - log() - before) / IMAGES as u64;
+    println!("{each} bytes written an image");
+    assert!(each < 100_000, "{each} bytes written an image");
+}
+
 #[test]
 #[ignore = "long: make test-long"]
 fn three_hundred_real_images_arrive_as_three_hundred_results() {

@@ -6,7 +6,7 @@ boot    Boots a machine with systemd from the same root file system: installs th
         results with mosquitto_sub, resets the machine without warning in the middle of a batch, and counts what arrived.
 
 Needs root, debootstrap, binfmt-support, qemu-user-static, qemu-system-arm, openssh-client, e2fsprogs, mosquitto and its clients; installs
-what is missing. The root file system is made once, in target/board (about ten minutes). Nothing here is a real board.
+what is missing. The root file system is made once, in target/board (about five minutes). Nothing here is a real board.
 """
 
 import collections
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "target/board"
 ROOTFS = WORK / "rootfs"
 PACKAGES = "debootstrap binfmt-support qemu-user-static qemu-system-arm openssh-client e2fsprogs mosquitto mosquitto-clients"
-INSIDE = "systemd-sysv,udev,openssh-server,iproute2,ca-certificates,libstdc++6,linux-image-arm64,initramfs-tools,zstd"
+INSIDE = "systemd-sysv,udev,openssh-server,iproute2,ca-certificates,libstdc++6"
 TOPIC = "scansentry/radiology/mri-1"
 BATCH = 40
 # For programs that run without a whole machine. See tests/it/emulated.rs for why not QEMU's default.
@@ -88,6 +88,13 @@ def finish() -> None:
     network = "[Match]\nName=e*\n[Network]\nDHCP=yes\n"
     (ROOTFS / "etc/systemd/network/20-wired.network").write_text(network)
     run("chroot", ROOTFS, "systemctl", "enable", "systemd-networkd", "ssh")
+    # An initial RAM disk with what this machine has: with all modules it takes a quarter of an hour to make.
+    tools = ROOTFS / "etc/initramfs-tools"
+    (tools / "conf.d").mkdir(parents=True, exist_ok=True)
+    (tools / "conf.d/board").write_text("MODULES=list\nCOMPRESS=gzip\n")
+    (tools / "modules").write_text("virtio_pci\nvirtio_mmio\nvirtio_blk\nvirtio_net\nvirtio_rng\next4\n")
+    quietly = "apt-get -y -qq --no-install-recommends -o Dpkg::Options::=--force-confold install linux-image-arm64 initramfs-tools"
+    run("chroot", ROOTFS, "env", "DEBIAN_FRONTEND=noninteractive", "sh", "-c", f"apt-get update -qq && {quietly}")
 
 
 class Broker:
