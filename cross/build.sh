@@ -20,7 +20,7 @@ fail() {
 # Which engine, which tools, and the newest C library that the result may need.
 case $target in
     x86_64-unknown-linux-gnu)
-        engine=litert prefix='' packages=binutils glibc_limit=2.34
+        engine=litert prefix='' packages='' glibc_limit=2.34
         ;;
     aarch64-unknown-linux-gnu)
         engine=litert prefix=aarch64-linux-gnu- packages="gcc-aarch64-linux-gnu libc6-dev-arm64-cross" glibc_limit=2.34
@@ -34,8 +34,9 @@ case $target in
         ;;
 esac
 
+# The build scripts run here, so this machine's compiler is needed too.
 # shellcheck disable=SC2086  # a list of names
-scripts/setup.sh --packages $packages
+scripts/setup.sh --packages gcc libc6-dev binutils python3 python3-pip $packages
 [ $engine = tflite ] || scripts/fetch-litert.sh "$target"
 if command -v rustup >/dev/null; then
     rustup target list --installed | grep -qx "$target" || {

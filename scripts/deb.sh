@@ -49,6 +49,8 @@ if readelf -d "$binary" | grep -E 'R(UN)?PATH' | grep -v '\[\$ORIGIN/../lib/scan
     fail "$binary: names a directory of this machine; build it with SCANSENTRY_PACKAGE=1"
 fi
 
+# For this machine, whose engine the program that writes the manuals is linked with.
+scripts/fetch-litert.sh
 cargo run --quiet --example manuals -- "$stage"
 for page in "$stage"/*.[15]; do
     gzip -9n "$page"

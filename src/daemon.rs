@@ -97,7 +97,8 @@ pub fn prepare(config: Config) -> Result<Prepared, Vec<String>> {
 
 /// The broker settings of `config`, with the files they name read.
 pub fn settings(config: &Config) -> Result<Settings, String> {
-    let client_id = format!("scansentry-{}-{}", config.device.site, config.device.id);
+    // Names hold no dot, so no two appliances have the same.
+    let client_id = format!("scansentry-{}.{}", config.device.site, config.device.id);
     Settings::new(&config.mqtt, &client_id).map_err(|e| e.to_string())
 }
 

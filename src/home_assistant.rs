@@ -21,8 +21,10 @@ pub fn birth_topic(prefix: &str) -> String {
 /// Payload on the birth topic when Home Assistant has started.
 pub const BIRTH: &[u8] = b"online";
 
+/// Names may hold `_` themselves; the length of the first keeps two appliances from having the same.
 fn object_id(sender: &Sender) -> String {
-    format!("scansentry_{}_{}", sender.site, sender.device)
+    let (site, device) = (&sender.site, &sender.device);
+    format!("scansentry_{}_{site}_{device}", site.len())
 }
 
 /// The description: device, origin and entities.

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::support::{Appliance, Arrived, Mosquitto, Subscriber, slices, wait_for};
 
-const TOPIC: &str = "homeassistant/device/scansentry_radiology_mri-1/config";
+const TOPIC: &str = "homeassistant/device/scansentry_9_radiology_mri-1/config";
 
 fn descriptions(subscriber: &Subscriber) -> Vec<Arrived> {
     let mut messages = subscriber.messages();
@@ -51,7 +51,7 @@ fn the_appliance_describes_itself_and_withdraws_it() {
     assert_eq!(description["origin"]["name"], "scansentry");
     assert_eq!(
         description["device"]["identifiers"],
-        json!(["scansentry_radiology_mri-1"])
+        json!(["scansentry_9_radiology_mri-1"])
     );
     let components = description["components"].as_object().unwrap();
     let names: Vec<_> = components.keys().map(String::as_str).collect();

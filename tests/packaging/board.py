@@ -137,6 +137,12 @@ def configuration(port: int, host: str) -> str:
 def in_chroot(deb: Path) -> None:
     """`check`, `classify` and `run` of the installed package, in the arm64 root file system."""
     root = WORK / "chroot"
+    # What an earlier run that was killed left mounted here is this machine's own /dev.
+    for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
+        if (point := line.split()[4]).startswith(f"{root}/"):
+            run("umount", "--lazy", point)
+    if str(root) in Path("/proc/self/mountinfo").read_text():
+        fail(f"{root}: something is mounted there; unmount it")
     if root.exists():
         shutil.rmtree(root)
     run("cp", "-a", "--reflink=auto", ROOTFS, root)
@@ -151,6 +157,7 @@ def in_chroot(deb: Path) -> None:
         broker = Broker(WORK)
         stack.callback(broker.stop)
         (root / "srv/scanner/export").mkdir(parents=True)
+        (root / "etc/scansentry/conf.d").mkdir(exist_ok=True)
         (root / "etc/scansentry/conf.d/10-test.toml").write_text(configuration(broker.port, "127.0.0.1"))
         run("chroot", root, "scansentry", "simulate", "--to", "/srv/scanner/export", "--count", "10", "--rate", "100")
         run("chroot", root, "scansentry", "check")
@@ -161,7 +168,6 @@ def in_chroot(deb: Path) -> None:
         daemon = subprocess.Popen(["chroot", root, "scansentry", "run"], stdout=log, stderr=log)
         stack.callback(daemon.kill)
         until("10 results", lambda: broker.scans() == 10)
-        # Rosetta's place is taken by QEMU: the process is the emulator, so its memory says nothing about the board's.
         daemon.terminate()
         if daemon.wait(60) != 0:
             fail(f"the daemon ended with {daemon.returncode}")
@@ -239,6 +245,7 @@ def booted(deb: Path) -> None:
             fail(f"the package does not say what to edit: {output}")
         config = WORK / "10-test.toml"
         config.write_text(configuration(broker.port, "10.0.2.2"))
+        machine.ssh("install -d /etc/scansentry/conf.d")
         machine.put(config, "/etc/scansentry/conf.d/10-test.toml")
         machine.ssh("install -d /srv/scanner/export && systemctl start scansentry")
         if machine.ssh("systemctl is-active scansentry").strip() != "active":
