@@ -46,9 +46,11 @@ cross-x86_64:
 	cross/build.sh x86_64-unknown-linux-gnu
 
 ## The cross-built programs do the main job here, under QEMU
-test-emulated: setup cross-aarch64 cross-armv7
+EMULATED ?= aarch64-unknown-linux-gnu armv7-unknown-linux-gnueabihf
+test-emulated: setup
 	@scripts/setup.sh --packages qemu-user-static
-	SCANSENTRY_EMULATED=1 $(CARGO) test --test it -- emulated --nocapture
+	set -e; for triple in $(EMULATED); do cross/build.sh $$triple; done
+	SCANSENTRY_EMULATED="$(EMULATED)" $(CARGO) test --test it -- emulated --nocapture
 
 ## Packages and libraries that building and testing need; quick when they are there
 setup:

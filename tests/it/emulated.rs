@@ -1,7 +1,8 @@
 //! The cross-built programs (`cross/build.sh`) on this machine, under QEMU: the main job against a real Mosquitto. Nothing here
 //! ran on a real ARM board.
 //!
-//! `make test-emulated` builds the programs and sets `SCANSENTRY_EMULATED=1`; otherwise the tests say that they did nothing.
+//! `make test-emulated` builds the programs and names their targets in `SCANSENTRY_EMULATED`; otherwise the tests say that they did
+//! nothing.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,7 +20,8 @@ const IMAGES: usize = 50;
 
 /// How to run the program that was built for `target`; `None` where that is not asked for, which is said.
 fn emulated(target: &str, qemu: &str, cpu: &str, sysroot: &str) -> Option<Vec<String>> {
-    if std::env::var_os("SCANSENTRY_EMULATED").is_none() {
+    let wanted = std::env::var("SCANSENTRY_EMULATED").unwrap_or_default();
+    if !wanted.split(' ').any(|wanted| wanted == target) {
         eprintln!("not tested: {target}; `make test-emulated` does");
         return None;
     }
