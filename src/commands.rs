@@ -20,6 +20,7 @@ use crate::health::{Condition, Health};
 use crate::message::{
     COMMAND_SCHEMA, CommandMessage, CommandWord, Received, Refusal, Reporter, ReprocessMessage,
 };
+use crate::progress::Stopwatch;
 use crate::scan::{Pseudonym, ScanId};
 use crate::store::{Ledger, Selection, Store, StoreError};
 use crate::watch::Hint;
@@ -73,6 +74,8 @@ pub struct Commands {
     pub pause: watch::Sender<bool>,
     /// Tells the intake to walk the folder.
     pub hints: mpsc::Sender<Hint>,
+    /// Of this loop; stopped while it waits for a command, the folder or the intake.
+    pub turn: Stopwatch,
 }
 
 /// Whether the appliance was paused before this start. A pause that nobody could end, because commands are switched off, is ended here.
@@ -98,6 +101,7 @@ impl Commands {
         self.show_pause();
         let mut bucket = Bucket::new();
         loop {
+            self.turn.stop();
             let received = tokio::select! {
                 () = stop.cancelled() => return,
                 Some(received) = received.recv() => received,
@@ -105,14 +109,21 @@ impl Commands {
             if !bucket.take(Instant::now()) {
                 continue;
             }
+            self.turn.start();
             // A stop does not wait for a long reprocess: it is not answered then, and can be sent again.
             let handled = tokio::select! {
-                () = stop.cancelled() => return,
+                () = stop.cancelled() => {
+                    self.turn.stop();
+                    return;
+                }
                 handled = self.handle(&received) => handled,
             };
             match handled {
                 Ok(()) => self.outbox.notify_one(),
-                Err(StoreError::Closed) => return,
+                Err(StoreError::Closed) => {
+                    self.turn.stop();
+                    return;
+                }
                 Err(error) => tracing::warn!("a command was not carried out: {error}"),
             }
         }
@@ -182,6 +193,7 @@ impl Commands {
             })
             .await?;
         tracing::info!(command = word.as_str(), "command carried out");
+        self.turn.stop();
         match word {
             CommandWord::Pause => _ = self.pause.send_replace(true),
             CommandWord::Resume => _ = self.pause.send_replace(false),
@@ -204,6 +216,8 @@ impl Commands {
                 .await?;
             let (last, count) = (page.last().map(|(id, _)| *id), page.len());
             let folder = self.folder.clone();
+            // A share may hang.
+            self.turn.stop();
             let there = tokio::task::spawn_blocking(move || {
                 let is_there = |path: &PathBuf| folder.join(path).symlink_metadata().is_ok();
                 let there = page
@@ -211,9 +225,9 @@ impl Commands {
                     .filter(|(_, paths)| paths.iter().any(is_there));
                 there.map(|(id, _)| id).collect::<Vec<_>>()
             });
-            let there = there
-                .await
-                .map_err(|e| StoreError::Other(format!("looking for files: {e}")))?;
+            let there = there.await;
+            self.turn.start();
+            let there = there.map_err(|e| StoreError::Other(format!("looking for files: {e}")))?;
             found.queued += there.len() as u64;
             found.gone += (count - there.len()) as u64;
             self.store

@@ -35,7 +35,8 @@ use crate::preview;
 use crate::progress::Board;
 use crate::publisher::Publisher;
 use crate::store::{Opened, StateDir, Store};
-use crate::{studies, systemd, watch};
+use crate::studies::Studies;
+use crate::{systemd, watch};
 use probes::Answers;
 
 /// Wait between tries to get the web server's port.
@@ -266,14 +267,18 @@ pub async fn run(
         health.clone(),
         stop_input.clone(),
     ));
-    let mut tending = tokio::spawn(studies::run(
-        config.alert.clone(),
-        store.clone(),
-        reporter.clone(),
-        outbox.clone(),
-        backlog.clone(),
-        stop_input.clone(),
-    ));
+    let walked = Arc::new(AtomicU64::new(0));
+    let studies = Studies {
+        config: config.alert.clone(),
+        store: store.clone(),
+        reporter: reporter.clone(),
+        outbox: outbox.clone(),
+        health: health.clone(),
+        backlog: backlog.clone(),
+        walked: walked.clone(),
+        turn: board.watch("studies", silence),
+    };
+    let mut tending = tokio::spawn(studies.run(stop_input.clone()));
     let (commands_tx, received) = mpsc::channel(commands::QUEUE);
     let commands = Commands {
         store: store.clone(),
@@ -283,6 +288,7 @@ pub async fn run(
         folder: config.watch.folder.clone(),
         pause,
         hints: hints_tx.clone(),
+        turn: board.watch("commands", silence),
     };
     let mut commanding = tokio::spawn(commands.run(received, stop_input.clone()));
     let intake = Intake::new(
@@ -294,6 +300,7 @@ pub async fn run(
         suspects,
         held,
     )
+    .counting_walks(walked)
     .watched_by(board.watch("intake", silence));
     let mut taking = tokio::spawn(intake.run(hints, reports, stop_input.clone()));
     let mut serving = tokio::spawn(serve(

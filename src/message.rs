@@ -893,7 +893,10 @@ impl Reporter {
         word: CommandWord,
         reprocess: Option<ReprocessMessage>,
     ) -> OutboxMessage {
-        let parts: [&[u8]; 3] = [b"command", b"done", id.as_bytes()];
+        // With the time: an id that is used again after its answer was forgotten is another event.
+        let at = jiff::Timestamp::now();
+        let time = at.as_nanosecond().to_le_bytes();
+        let parts: [&[u8]; 4] = [b"command", b"done", id.as_bytes(), &time];
         let event_id = self.key.pseudonym("event", &parts);
         let payload = CommandResultMessage {
             schema: Kind::CommandResult.schema(),
@@ -902,7 +905,7 @@ impl Reporter {
             command: Some(word),
             device: &self.sender.device,
             site: &self.sender.site,
-            at: rfc3339(jiff::Timestamp::now()),
+            at: rfc3339(at),
             status: "done",
             error: None,
             reprocess,
@@ -912,8 +915,13 @@ impl Reporter {
 
     /// The answer to a command that is not carried out.
     pub fn refusal(&self, received: &Received, refusal: Refusal, message: &str) -> OutboxMessage {
-        let parts: [&[u8]; 3] = [b"command", b"refused", &received.payload];
-        let event_id = self.key.pseudonym("event", &parts);
+        // With the time: the same command may be refused again for another reason. Not so a retained one, which comes again with every
+        // connection and is one event.
+        let at = jiff::Timestamp::now();
+        let time = at.as_nanosecond().to_le_bytes();
+        let parts: [&[u8]; 4] = [b"command", b"refused", &received.payload, &time];
+        let count = if refusal == Refusal::Retained { 3 } else { 4 };
+        let event_id = self.key.pseudonym("event", &parts[..count]);
         // As much as can be read of it, so that the sender knows it again.
         let command: Option<Value> = serde_json::from_slice(&received.payload).ok();
         let id = command.as_ref().and_then(|c| c["id"].as_str());
@@ -927,7 +935,7 @@ impl Reporter {
             command: word,
             device: &self.sender.device,
             site: &self.sender.site,
-            at: rfc3339(jiff::Timestamp::now()),
+            at: rfc3339(at),
             status: "refused",
             error: Some(Reason {
                 code: refusal.as_str(),

@@ -74,6 +74,8 @@ pub struct Intake {
     stopwatches: Vec<Stopwatch>,
     /// Of this loop.
     turn: Stopwatch,
+    /// How often everything has been walked.
+    walked: Arc<AtomicU64>,
     idle: Vec<usize>,
     ready: VecDeque<Candidate>,
     /// Paths in `ready` or in a worker.
@@ -173,6 +175,7 @@ impl Intake {
             workers,
             stopwatches,
             turn: Stopwatch::default(),
+            walked: Arc::default(),
             idle,
             ready: VecDeque::new(),
             taken: HashSet::new(),
@@ -193,6 +196,13 @@ impl Intake {
     #[must_use]
     pub fn watched_by(mut self, turn: Stopwatch) -> Self {
         self.turn = turn;
+        self
+    }
+
+    /// Counts in `walked` how often everything has been walked.
+    #[must_use]
+    pub fn counting_walks(mut self, walked: Arc<AtomicU64>) -> Self {
+        self.walked = walked;
         self
     }
 
@@ -444,6 +454,10 @@ impl Intake {
                         watch.rescan_s
                     };
                     self.walks.next_full = Some(Instant::now() + Duration::from_secs(pace));
+                    // Where another one is due already, this one is not known to have seen everything.
+                    if !self.walks.full_due {
+                        self.walked.fetch_add(1, Ordering::Relaxed);
+                    }
                     if self.care == Care::Walking {
                         self.care = Care::Draining;
                     }

@@ -294,12 +294,14 @@ impl Worker {
     /// Records the outcome and wakes the publisher.
     fn record(&self, examined: Examined, group: StudyGroup) -> Disposition {
         let examined = Arc::new(examined);
-        let rule = self.context.config.alert.rule();
+        let alert = &self.context.config.alert;
+        let (rule, quiet_s) = (alert.rule(), alert.quiet_s as i64);
         let recorded = self.write(|| {
             let (reporter, examined) = (self.context.reporter.clone(), examined.clone());
             move |ledger| {
                 let new = outcome_of(&examined, group);
-                ledger.record(&new, now(), rule, |study, alert, revision| {
+                let now = now();
+                ledger.record(&new, now, now - quiet_s, rule, |study, alert, revision| {
                     let mut messages = reporter.results(&examined, study.study_id, revision);
                     messages.extend(alert.map(|change| reporter.alert(study, change)));
                     messages

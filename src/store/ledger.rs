@@ -194,8 +194,20 @@ struct Share {
 struct Earlier {
     outcome: String,
     decision: Option<String>,
+    /// When there was one for the first time, seconds since 1970.
+    done_at: i64,
+    /// `None` for a scan from format 1, which did not keep it; its share is that of a single picture then.
     study_id: Option<[u8; 16]>,
     share: Share,
+}
+
+/// How a scan was counted into its study.
+struct Counted {
+    study_id: Pseudonym,
+    /// Whether the study meets the rule for an alert now.
+    met: bool,
+    /// Whether it took the place of an earlier outcome there.
+    replaced: bool,
 }
 
 /// Which past scans are meant.
@@ -302,10 +314,11 @@ impl Ledger {
                 known: FORMAT,
             });
         }
+        let outbox = conn.query_row("SELECT count(*) FROM outbox", [], |row| row.get(0))?;
         Ok(Self {
             conn,
             session: 0,
-            outbox: 0,
+            outbox,
             suspects: false,
             damaged: false,
         })
@@ -496,20 +509,22 @@ impl Ledger {
         Ok(())
     }
 
-    /// Records an outcome with its messages. `encode` is given the study (this scan counted in), whether an alert is to be raised by
+    /// Records an outcome with its messages. A study whose id is not fixed by its group goes on as long as its last new picture is from after
+    /// `quiet_before`, or nothing but new pictures has kept it open. `encode` is given the study (this scan counted in), whether an alert is to be raised by
     /// `rule` (`None`: no alerts), and the revision of the outcome, and returns the messages. `None`, and nothing changed, if the scan
     /// already has an outcome and is not to be classified again.
     pub fn record(
         &mut self,
         new: &NewOutcome,
         now: i64,
+        quiet_before: i64,
         rule: Option<AlertRule>,
         encode: impl FnOnce(&StudyState, Option<AlertChange>, u64) -> Vec<OutboxMessage>,
     ) -> Result<Option<Recorded>> {
         let row: Option<(u64, bool, Option<Earlier>)> = self
             .conn
             .prepare_cached(
-                "SELECT revision, again, outcome, decision, study_id, images, positives, rejected FROM scan WHERE scan_id = ?1",
+                "SELECT revision, again, outcome, decision, study_id, images, positives, rejected, done_at FROM scan WHERE scan_id = ?1",
             )?
             .query_row([&new.scan_id.0[..]], |row| {
                 let earlier = match row.get(2)? {
@@ -518,6 +533,7 @@ impl Ledger {
                         outcome,
                         decision: row.get(3)?,
                         study_id: row.get(4)?,
+                        done_at: row.get(8)?,
                         share: Share {
                             images: row.get(5)?,
                             positives: row.get(6)?,
@@ -543,7 +559,8 @@ impl Ledger {
         if let Some(decision) = new.decision {
             self.count(decision, 1)?;
         }
-        let (study_id, met) = self.add_to_study(new, earlier.as_ref(), now, rule)?;
+        let counted = self.add_to_study(new, earlier.as_ref(), now, quiet_before, rule)?;
+        let study_id = counted.study_id;
         let share = new.share();
         self.conn
             .prepare_cached(
@@ -563,11 +580,11 @@ impl Ledger {
                 share.positives,
                 share.rejected
             ])?;
-        if earlier.is_some() {
+        if counted.replaced {
             self.find_top_again(study_id, new.scan_id)?;
         }
         let mut study = self.study(study_id)?;
-        let raise = met && !study.alert_open;
+        let raise = counted.met && !study.alert_open;
         if raise {
             study = self.note_alert(study, now, true)?;
         }
@@ -577,54 +594,49 @@ impl Ledger {
         Ok(Some(Recorded { study_id, revision }))
     }
 
-    /// Counts a scan into its study, in the place of an earlier outcome if there is one. Returns the study, and whether it meets the
-    /// rule for an alert now.
+    /// Counts a scan into its study, in the place of an earlier outcome if there is one.
     fn add_to_study(
         &mut self,
         new: &NewOutcome,
         earlier: Option<&Earlier>,
         now: i64,
+        quiet_before: i64,
         rule: Option<AlertRule>,
-    ) -> Result<(Pseudonym, bool)> {
+    ) -> Result<Counted> {
         let group = &new.group;
-        let open: Option<[u8; 16]> = self
-            .conn
-            .prepare_cached("SELECT study_id FROM study WHERE group_id = ?1 AND open = 1")?
-            .query_row([&group.group_id.0[..]], |row| row.get(0))
-            .optional()?;
-        let usual = match open {
+        let study_id = match earlier {
+            // A scan that is classified again stays in its study, and is never counted in the one that is open now: that may be of
+            // somebody else. From format 1 the study is known only where it is fixed, or where this scan began it.
+            Some(Earlier {
+                study_id: Some(id), ..
+            }) => *id,
             _ if group.fixed => group.group_id.0,
-            Some(id) => id,
-            None => group.fresh_id.0,
+            Some(_) => group.fresh_id.0,
+            None => self
+                .going_on(group.group_id, quiet_before)?
+                .unwrap_or(group.fresh_id.0),
         };
-        // A scan that is classified again stays in its study, as long as that is remembered.
-        let home = earlier.and_then(|e| e.study_id.or_else(|| group.fixed.then_some(usual)));
-        let state = |id: [u8; 16]| {
-            self.conn
-                .prepare_cached("SELECT open, recent FROM study WHERE study_id = ?1")?
-                .query_row([&id[..]], |row| {
-                    Ok((row.get::<_, bool>(0)?, row.get::<_, i64>(1)?))
-                })
-                .optional()
-        };
-        let home_state = match home {
-            Some(id) => state(id)?.map(|state| (id, state)),
-            None => None,
-        };
-        let taken_back = match (&home_state, earlier) {
+        let state = self
+            .conn
+            .prepare_cached("SELECT open, recent FROM study WHERE study_id = ?1")?
+            .query_row([&study_id[..]], |row| {
+                Ok((row.get::<_, bool>(0)?, row.get::<_, i64>(1)?))
+            })
+            .optional()?;
+        let share = new.share();
+        let taken_back = match (state, earlier) {
+            // How many frames it was counted with in format 1 is not known: as many as it has.
+            (Some(_), Some(earlier)) if earlier.study_id.is_none() && new.pictures.len() != 1 => {
+                share
+            }
             (Some(_), Some(earlier)) => earlier.share,
             _ => Share::default(),
-        };
-        let (study_id, state) = match home_state {
-            Some((id, state)) => (id, Some(state)),
-            None => (usual, state(usual)?),
         };
         // What was before a study was closed does not count towards another alert.
         let mut recent = match state {
             Some((true, recent)) => recent.cast_unsigned(),
             _ => 0,
         };
-        let share = new.share();
         let mut met = false;
         // Classified again with no more positives than before, a scan moves nothing: its pictures have had their place.
         if taken_back.images == 0 || share.positives > taken_back.positives {
@@ -633,13 +645,14 @@ impl Ledger {
                 met |= rule.is_some_and(|rule| rule.met_by(recent));
             }
         }
+        // A study has the times of its new pictures; only its activity is also that of scans that are classified again.
+        let came = earlier.map_or(now, |e| e.done_at);
         self.conn
             .prepare_cached(
                 "INSERT INTO study (study_id, group_id, open, opened_at, last_at, active_at, images, positives, rejected, max_probability, top_scan, recent)
-                 VALUES (?1, ?2, 1, ?3, ?3, ?3, ?4, ?5, ?6, ?7, CASE WHEN ?7 IS NULL THEN NULL ELSE ?8 END, ?9)
+                 VALUES (?1, ?2, 1, ?10, ?10, ?3, ?4, ?5, ?6, ?7, CASE WHEN ?7 IS NULL THEN NULL ELSE ?8 END, ?9)
                  ON CONFLICT (study_id) DO UPDATE SET open = 1, active_at = ?3, recent = ?9,
-                   opened_at = min(opened_at, ?3),
-                   last_at = CASE WHEN ?10 THEN last_at ELSE max(last_at, ?3) END,
+                   opened_at = min(opened_at, ?10), last_at = max(last_at, ?10),
                    images = max(0, images + ?4), positives = max(0, positives + ?5), rejected = max(0, rejected + ?6),
                    top_scan = CASE WHEN ?7 > coalesce(max_probability, -1) THEN ?8 ELSE top_scan END,
                    max_probability = CASE WHEN ?7 > coalesce(max_probability, -1) THEN ?7 ELSE max_probability END",
@@ -654,10 +667,26 @@ impl Ledger {
                 new.probability,
                 &new.scan_id.0[..],
                 recent.cast_signed(),
-                taken_back.images > 0
+                came
             ])?;
         self.note_positives(&study_id, new, taken_back.positives > 0)?;
-        Ok((Pseudonym(study_id), met))
+        Ok(Counted {
+            study_id: Pseudonym(study_id),
+            met,
+            replaced: state.is_some() && earlier.is_some_and(|e| e.study_id.is_some()),
+        })
+    }
+
+    /// The study of a group that a new picture continues. One that only scans that are classified again have opened or keep open is none.
+    fn going_on(&self, group_id: Pseudonym, quiet_before: i64) -> Result<Option<[u8; 16]>> {
+        Ok(self
+            .conn
+            .prepare_cached(
+                "SELECT study_id FROM study WHERE group_id = ?1 AND open = 1 AND closings = 0 AND (last_at > ?2 OR active_at <= last_at)
+                 ORDER BY last_at DESC LIMIT 1",
+            )?
+            .query_row(params![&group_id.0[..], quiet_before], |row| row.get(0))
+            .optional()?)
     }
 
     /// Keeps the positive pictures with the highest probabilities of a study.
@@ -745,7 +774,8 @@ impl Ledger {
     }
 
     /// Closes the studies without an outcome since `quiet_before` and updates the open alerts whose count of positives has changed
-    /// and whose last message is from `update_before` or earlier (at most `limit` of each). `encode` makes the messages of a study and, if
+    /// and whose last message is from `update_before` or earlier (at most `limit` of each). Times after `now`, from before the clock was
+    /// set back, count as `now`. `encode` makes the messages of a study and, if
     /// there is something to say about it, its alert; a study that is not open any more was closed by this. Returns how many studies
     /// were touched.
     pub fn tend_studies(
@@ -756,6 +786,12 @@ impl Ledger {
         limit: usize,
         mut encode: impl FnMut(&StudyState, Option<AlertChange>) -> Vec<OutboxMessage>,
     ) -> Result<usize> {
+        for later in [
+            "UPDATE study SET active_at = ?1 WHERE open = 1 AND active_at > ?1",
+            "UPDATE study SET alert_at = ?1 WHERE alert_open = 1 AND alert_at > ?1",
+        ] {
+            self.conn.prepare_cached(later)?.execute([now])?;
+        }
         let due = |ledger: &Self, filter: &str, before: i64| -> Result<Vec<StudyState>> {
             let mut select = ledger.conn.prepare_cached(&format!(
                 "{STUDY_COLUMNS} WHERE open = 1 AND {filter} LIMIT ?2"
@@ -979,7 +1015,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// Totals.
+    /// Totals. Cheap, however many messages wait.
     pub fn counts(&self) -> Result<Counts> {
         let mut counts = Counts::default();
         let mut select = self
@@ -998,11 +1034,13 @@ impl Ledger {
                 _ => {}
             }
         }
-        (counts.outbox, counts.oldest_outbox) =
-            self.conn
-                .query_row("SELECT count(*), min(created_at) FROM outbox", [], |row| {
-                    Ok((row.get(0)?, row.get(1)?))
-                })?;
+        // One row: a column behind the payload costs the pages of every payload that is passed.
+        counts.outbox = self.outbox;
+        counts.oldest_outbox = self
+            .conn
+            .prepare_cached("SELECT created_at FROM outbox ORDER BY seq LIMIT 1")?
+            .query_row([], |row| row.get(0))
+            .optional()?;
         Ok(counts)
     }
 
@@ -1040,8 +1078,9 @@ impl Ledger {
         Ok(rows.collect::<std::result::Result<_, _>>()?)
     }
 
-    /// Forgets what has left the folder: file rows last seen before `before_day`, then closed studies and scans with an outcome
-    /// from before that day that no file row points to. At most `limit` of each, so that one call stays short. Returns how many rows went.
+    /// Forgets what has left the folder: file rows last seen before `before_day`, then scans with an outcome from before that day that no
+    /// file row points to, then closed studies from before that day without such scans: a study that came back would begin its revisions
+    /// anew. At most `limit` of each, so that one call stays short. Returns how many rows went.
     pub fn prune(&mut self, before_day: i64, limit: usize) -> Result<usize> {
         let before = before_day * 86_400;
         let limit = limit as i64;
@@ -1054,7 +1093,11 @@ impl Ledger {
                AND NOT EXISTS (SELECT 1 FROM file f WHERE f.scan_id = s.scan_id) LIMIT ?2)",
             params![before, limit],
         )?;
-        let closed = "(SELECT study_id FROM study WHERE open = 0 AND active_at < ?1 ORDER BY study_id LIMIT ?2)";
+        // By the time of the outcomes, as in `find_top_again`. A scan from format 1 may be of any study of its time.
+        let closed = "(SELECT study_id FROM study WHERE open = 0 AND active_at < ?1
+               AND NOT EXISTS (SELECT 1 FROM scan s WHERE s.done_at BETWEEN study.opened_at AND study.last_at
+                 AND (s.study_id = study.study_id OR s.study_id IS NULL))
+             ORDER BY study_id LIMIT ?2)";
         self.conn.execute(
             &format!("DELETE FROM positive WHERE study_id IN {closed}"),
             params![before, limit],

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use scansentry::config::AlertRule;
-use scansentry::message::{AlertChange, OutboxMessage, PositivePicture};
+use scansentry::message::{AlertChange, Counts, OutboxMessage, PositivePicture};
 use scansentry::scan::{Pseudonym, ScanFile, Stamp};
 use scansentry::store::{
     Claim, DATABASE, Ledger, NewOutcome, Opened, PictureOutcome, StateDir, Store, StoreError,
@@ -13,6 +13,9 @@ use scansentry::store::{
 };
 
 const ATTEMPTS: u32 = 3;
+
+/// Seconds without a new picture that end a study.
+const QUIET: i64 = 50;
 
 fn id(number: u8) -> Pseudonym {
     Pseudonym([number; 16])
@@ -111,7 +114,7 @@ impl Running {
     fn record(&self, number: u8) -> bool {
         self.store()
             .call_blocking(move |l| {
-                l.record(&outcome(number), 100, None, |_, _, _| {
+                l.record(&outcome(number), 100, 0, None, |_, _, _| {
                     vec![message(number), message(number + 100)]
                 })
             })
@@ -129,17 +132,23 @@ impl Running {
         let (tell, told) = std::sync::mpsc::channel();
         self.store()
             .call_blocking(move |l| {
-                l.record(&new, now, Some(rule), |study, change, revision| {
-                    let said = (
-                        change,
-                        study.images,
-                        study.positives,
-                        study.alert_revision,
-                        revision,
-                    );
-                    tell.send(said).unwrap();
-                    vec![]
-                })
+                l.record(
+                    &new,
+                    now,
+                    now - QUIET,
+                    Some(rule),
+                    |study, change, revision| {
+                        let said = (
+                            change,
+                            study.images,
+                            study.positives,
+                            study.alert_revision,
+                            revision,
+                        );
+                        tell.send(said).unwrap();
+                        vec![]
+                    },
+                )
             })
             .unwrap();
         told.recv().unwrap()
@@ -319,7 +328,7 @@ fn a_failed_call_leaves_no_trace_and_its_neighbours_alone() {
     let running = Running::new();
     running.claim(1);
     let failed: Result<(), _> = running.store().call_blocking(|l| {
-        l.record(&outcome(1), 100, None, |_, _, _| vec![message(1)])?;
+        l.record(&outcome(1), 100, 0, None, |_, _, _| vec![message(1)])?;
         Err(StoreError::Other("no".into()))
     });
     assert!(failed.is_err());
@@ -557,6 +566,121 @@ fn a_scan_that_is_classified_again_replaces_its_outcome_and_is_counted_once() {
     running.claim(1);
     let said = running.record_of(outcome_of(1, 0.8, false), 500, FIRST);
     assert_eq!(said, (Some(AlertChange::Raised), 3, 2, 4, 3));
+}
+
+#[test]
+fn a_new_loose_picture_does_not_join_a_study_that_only_a_reprocess_keeps_open() {
+    let running = Running::new();
+    let loose = |number: u8, now: i64| {
+        running.claim(number);
+        let mut new = outcome_of(number, 0.9, false);
+        new.group.fresh_id = id(200 + number);
+        running.record_of(new, now, FIRST)
+    };
+    let raised = Some(AlertChange::Raised);
+    assert_eq!(loose(1, 100), (raised, 1, 1, 1, 1));
+    assert_eq!(running.tend(151, 101).len(), 1);
+    // Somebody else's pictures, long after; the old one has been classified again just now.
+    running.reprocess(1);
+    assert_eq!(loose(1, 1000), (None, 1, 1, 2, 2));
+    assert_eq!(loose(2, 1001), (raised, 1, 1, 1, 1), "a study of its own");
+    assert_eq!(loose(3, 1002), (None, 2, 2, 1, 1), "which goes on");
+    // The same while the study has not been closed yet: a reprocess does not make its last picture later.
+    running.reprocess(2);
+    assert_eq!(loose(2, 1040), (None, 2, 2, 1, 2));
+    let tended = running.tend(1052, 1002);
+    let closed = tended.iter().filter(|s| !s.open);
+    assert_eq!(closed.count(), 1, "the first one");
+    assert_eq!(loose(4, 1060), (raised, 1, 1, 1, 1));
+    // A study that nothing but new pictures kept open goes on, even when it could not be closed for long.
+    assert_eq!(loose(5, 2000), (None, 2, 2, 1, 1));
+}
+
+#[test]
+fn a_clock_that_is_set_back_keeps_no_alert_open() {
+    let running = Running::new();
+    for number in 1..=2 {
+        running.claim(number);
+        running.record_of(outcome(number), 10_000, FIRST);
+    }
+    let updated = running.tend(100, 50);
+    assert_eq!(updated.len(), 1);
+    assert_eq!(updated[0].change, Some(AlertChange::Updated));
+    assert!(running.tend(149, 99).is_empty());
+    let closed = running.tend(150, 100);
+    assert_eq!(closed[0].change, Some(AlertChange::Closed));
+}
+
+#[test]
+fn scans_of_format_1_are_counted_once_when_they_are_classified_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let sqlite = rusqlite::Connection::open(folder.path().join(DATABASE)).unwrap();
+    sqlite
+        .execute_batch(include_str!("../golden/ledger-format-1.sql"))
+        .unwrap();
+    drop(sqlite);
+    let opened = Store::open(folder.path()).unwrap();
+    let running = Running { folder, opened };
+    // Two frames, which format 1 counted as two pictures and remembers as one.
+    let mut frames = outcome_of(2, 0.3, true);
+    frames.group.group_id = id(201);
+    frames.pictures.push(frames.pictures[0]);
+    running.reprocess(2);
+    running.claim(2);
+    assert_eq!(running.record_of(frames, 110, FIRST), (None, 3, 1, 1, 2));
+    // A loose picture is live; an old one, whose study nobody knows, is not counted there.
+    running.claim(9);
+    let mut live = outcome(9);
+    live.group.fresh_id = id(209);
+    running.record_of(live, 1000, FIRST);
+    running.reprocess(1);
+    running.claim(1);
+    let mut old = outcome(1);
+    old.group.fresh_id = id(211);
+    let raised = Some(AlertChange::Raised);
+    assert_eq!(running.record_of(old, 1001, FIRST), (raised, 1, 1, 1, 2));
+    let closed = running.tend(2000, 1950);
+    let tops: Vec<_> = closed.iter().map(|s| (s.images, s.top)).collect();
+    assert_eq!(tops.len(), 3);
+    assert!(tops.contains(&(3, Some(0.9))) && tops.contains(&(1, Some(0.9))));
+}
+
+#[test]
+fn a_study_is_remembered_as_long_as_its_scans() {
+    let running = Running::new();
+    running.claim(1);
+    running.record_of(outcome_of(1, 0.9, true), 100, FIRST);
+    assert_eq!(running.tend(200, 150)[0].closings, 1);
+    let unknown = |l: &mut Ledger| l.unknown(vec![file(1)], 500);
+    assert!(running.store().call_blocking(unknown).unwrap().is_empty());
+    let prune = |day| {
+        let gone = running.store().call_blocking(move |l| l.prune(day, 100));
+        gone.unwrap()
+    };
+    assert_eq!(prune(400), 0, "the file is still there");
+    running.claim(2);
+    let said = running.record_of(outcome_of(2, 0.9, true), 400 * 86_400, FIRST);
+    assert_eq!(
+        said,
+        (Some(AlertChange::Raised), 2, 2, 3, 1),
+        "revisions go on"
+    );
+    running.tend(401 * 86_400, 400 * 86_400);
+    assert_eq!(prune(900), 5, "two files, two scans, the study");
+}
+
+#[test]
+fn what_waits_is_counted_after_a_restart_and_from_beside() {
+    let running = Running::new();
+    let waiting = |counts: Counts| (counts.outbox, counts.oldest_outbox);
+    let counts = |running: &Running| running.store().call_blocking(|l| l.counts()).unwrap();
+    assert_eq!(waiting(counts(&running)), (0, None));
+    running.claim(1);
+    running.record(1);
+    let running = running.crash();
+    assert_eq!(waiting(counts(&running)), (2, Some(100)));
+    let beside = Ledger::open_read_only(&running.folder.path().join(DATABASE)).unwrap();
+    assert_eq!(waiting(beside.counts().unwrap()), (2, Some(100)));
 }
 
 #[test]
