@@ -567,6 +567,12 @@ impl Config {
                     "http.token_file: is not set, but http.listen = {address} can be reached from other machines; set it, or listen on 127.0.0.1"
                 ));
             }
+            Ok(_) if !self.http.allowed_hosts.is_empty() && self.http.token_file.is_empty() => {
+                fail(
+                    "http.token_file: is not set, but http.allowed_hosts means callers from other machines; set it"
+                        .into(),
+                );
+            }
             Ok(_) => {}
             Err(line) => fail(line),
         }
@@ -959,6 +965,22 @@ mod tests {
         let mut problems = Vec::new();
         Config::defaults().validate(&mut problems);
         assert_eq!(problems, Vec::<String>::new());
+    }
+
+    #[test]
+    fn callers_from_other_machines_need_a_token() {
+        for (http, line) in [
+            (
+                "listen = '0.0.0.0:8420'",
+                "can be reached from other machines",
+            ),
+            ("allowed_hosts = ['a.example']", "http.allowed_hosts means"),
+        ] {
+            let problems = load_text(&format!("[http]\n{http}\n"), &[]).unwrap_err();
+            assert!(problems.0[0].contains(line), "{problems:?}");
+            let with_token = format!("[http]\n{http}\ntoken_file = '/x'\n");
+            load_text(&with_token, &[]).unwrap();
+        }
     }
 
     #[test]

@@ -119,7 +119,8 @@ fn web(config: &Config) -> Result<Option<http::Settings>, String> {
 fn uploads(config: &Config, http: &http::Settings) -> bool {
     config.dashboard.enabled
         && match config.dashboard.upload {
-            Upload::Auto => http.loopback(),
+            // Behind a reverse proxy, loopback is reached from elsewhere.
+            Upload::Auto => http.loopback() && config.http.allowed_hosts.is_empty(),
             Upload::On => true,
             Upload::Off => false,
         }

@@ -24,7 +24,7 @@ use crate::http::{self, Answer, Page, Probes, Refusal, Server, Update};
 use crate::metrics::{self, DashboardMetrics};
 use crate::mqtt::Settings;
 use crate::scan::Pseudonym;
-use crate::store::{History, HistoryReader};
+use crate::store::{History, HistoryReader, StoreError};
 
 pub use upload::{Inbox, check as check_upload};
 
@@ -34,6 +34,8 @@ const UPDATES: usize = 64;
 const ORDERS: usize = 16;
 /// Wait between tries to begin, beside a daemon that has better things to do than to end.
 const RETRY: Duration = Duration::from_secs(10);
+/// How long supervisors of a daemon wait for the history to open with the first answer.
+const SHORT: Duration = Duration::from_secs(1);
 
 /// A dashboard, ready to begin.
 pub struct Dashboard {
@@ -63,6 +65,9 @@ struct Broker {
     storage: Option<String>,
 }
 
+/// The history, and what reads it: for answers and for changes.
+type Opened = (Box<History>, HistoryReader, HistoryReader);
+
 /// A page wants an alert's acknowledgement published.
 struct Order {
     appliance: ApplianceKey,
@@ -85,25 +90,16 @@ impl Dashboard {
         stop: CancellationToken,
         ready: impl FnOnce(&str),
     ) -> Result<(), String> {
-        let mut said = false;
-        let (history, server) = loop {
-            let problem = match self.begin().await {
-                Ok(begun) => break begun,
-                Err(problem) if probes.is_none() => return Err(problem),
-                Err(problem) => problem,
-            };
-            if !said {
-                tracing::error!("the dashboard does not run, the daemon does: {problem}");
-                said = true;
-            }
-            tokio::select! {
-                () = stop.cancelled() => return Ok(()),
-                () = tokio::time::sleep(RETRY) => {}
+        let (server, opened) = match &probes {
+            None => (Server::bind(&self.http).await?, self.open().await?),
+            Some(probes) => {
+                let Some(begun) = self.begin(probes, &stop).await else {
+                    return Ok(());
+                };
+                begun
             }
         };
-        let folder = self.config.dashboard.folder(&self.config.state);
-        let open = || HistoryReader::open(&folder).map_err(|e| format!("dashboard.dir: {e}"));
-        let (answers, changes) = (open()?, open()?);
+        let (history, answers, changes) = opened;
         let (updates, _) = broadcast::channel::<Arc<Update>>(UPDATES);
         let (orders_tx, orders) = mpsc::channel(ORDERS);
         let (broker_tx, broker) = watch::channel(Broker {
@@ -123,6 +119,7 @@ impl Dashboard {
         let url = server.url();
         tracing::info!(url, "dashboard");
         ready(&url);
+        let alone = probes.is_none();
         let probes = probes.unwrap_or_else(|| {
             Arc::new(Standalone {
                 reader: answers,
@@ -130,7 +127,9 @@ impl Dashboard {
                 metrics: self.metrics.clone(),
             })
         });
-        let serving = tokio::spawn(server.serve(probes, Some(page as Arc<dyn Page>), stop.clone()));
+        let page = Some(page as Arc<dyn Page>);
+        let until = stop.clone();
+        let mut serving = tokio::spawn(async move { server.serve(probes, page, until).await });
         let following = follow::Follow {
             config: self.config,
             settings: self.mqtt,
@@ -140,19 +139,75 @@ impl Dashboard {
             broker: broker_tx,
             metrics: self.metrics,
         };
-        following.run(history, orders, stop).await;
-        let _ = serving.await;
-        Ok(())
+        tokio::select! {
+            () = following.run(history, orders, stop.clone()) => {}
+            ended = &mut serving => {
+                return ended.map_err(|e| format!("web server: {e}; see the log"));
+            }
+        }
+        if alone && !stop.is_cancelled() {
+            return Err("dashboard: its history has ended by a defect; see the log".into());
+        }
+        // Beside a daemon, supervisors get their answers, and the page what is known, until the end.
+        serving
+            .await
+            .map_err(|e| format!("web server: {e}; see the log"))
     }
 
-    async fn begin(&self) -> Result<(Box<History>, Server), String> {
+    /// Beside a daemon: tries until port and history are there, and answers supervisors as soon as there is a port. `None` at `stop`.
+    async fn begin(
+        &self,
+        probes: &Arc<dyn Probes>,
+        stop: &CancellationToken,
+    ) -> Option<(Server, Opened)> {
+        let begin = async {
+            let server = persist(|| Server::bind(&self.http)).await;
+            let opening = persist(|| self.open());
+            tokio::pin!(opening);
+            if let Ok(opened) = tokio::time::timeout(SHORT, &mut opening).await {
+                return (server, opened);
+            }
+            let interim = stop.child_token();
+            let _ends_with_it = interim.clone().drop_guard();
+            let opened = tokio::select! {
+                opened = &mut opening => opened,
+                () = server.serve(probes.clone(), None, interim) => opening.await,
+            };
+            (server, opened)
+        };
+        stop.run_until_cancelled(begin).await
+    }
+
+    async fn open(&self) -> Result<Opened, String> {
         let folder = self.config.dashboard.folder(&self.config.state);
-        let server = Server::bind(&self.http).await?;
-        let history = tokio::task::spawn_blocking(move || History::open(&folder))
+        let open = move || {
+            let history = History::open(&folder)?;
+            let reader = || HistoryReader::open(&folder);
+            Ok::<_, StoreError>((Box::new(history), reader()?, reader()?))
+        };
+        tokio::task::spawn_blocking(open)
             .await
             .map_err(|e| e.to_string())?
-            .map_err(|e| format!("dashboard.dir: {e}"))?;
-        Ok((Box::new(history), server))
+            .map_err(|e| format!("dashboard.dir: {e}"))
+    }
+}
+
+/// Tries until it succeeds. What is in the way is logged once.
+async fn persist<T, F>(mut attempt: impl FnMut() -> F) -> T
+where
+    F: Future<Output = Result<T, String>>,
+{
+    let mut said = false;
+    loop {
+        match attempt().await {
+            Ok(done) => return done,
+            Err(problem) if !said => {
+                tracing::error!("the dashboard does not run, the daemon does: {problem}");
+                said = true;
+            }
+            Err(_) => {}
+        }
+        tokio::time::sleep(RETRY).await;
     }
 }
 

@@ -1,7 +1,8 @@
 //! What a dashboard hears and is asked: received messages, parsed tolerantly, and the questions that its page may put.
 //!
 //! Readers of the MQTT contract must bear unknown keys and missing new ones; so only what is needed here is required, and a
-//! message that lacks it is refused as a whole. The payloads themselves are kept as they came.
+//! message that lacks it is refused as a whole. The payloads themselves are kept as they came, but for what the page could not bear in a
+//! health report.
 
 use std::fmt;
 
@@ -17,6 +18,8 @@ const MAX_PAYLOAD: usize = 128 << 10;
 const MAX_PREVIEW: usize = 512 << 10;
 /// A clock may be this far ahead, milliseconds; beyond that the time of arrival counts.
 const CLOCK_TOLERANCE_MS: i64 = 3_600_000;
+/// Largest count that a database holds.
+const MAX_COUNT: u64 = i64::MAX as u64;
 /// Most cells along one side of an activation map.
 const MAX_CELLS: usize = 64;
 
@@ -332,6 +335,10 @@ fn milliseconds(text: &str, now_ms: i64) -> Result<i64, Unusable> {
 
 fn decode<T: serde::de::DeserializeOwned>(payload: &[u8]) -> Result<(T, Value), Unusable> {
     let value: Value = serde_json::from_slice(payload).map_err(|_| Unusable::Payload)?;
+    // serde would take an array of the fields as well.
+    if !value.is_object() {
+        return Err(Unusable::Payload);
+    }
     let typed = T::deserialize(&value).map_err(|_| Unusable::Payload)?;
     Ok((typed, value))
 }
@@ -347,13 +354,24 @@ fn health(payload: &[u8], now_ms: i64) -> Result<Body, Unusable> {
         files: u64,
         messages: u64,
     }
-    let (health, payload): (Health, _) = decode(payload)?;
+    let (health, mut payload): (Health, _) = decode(payload)?;
+    if !payload["backlog"].is_object() {
+        return Err(Unusable::Payload);
+    }
+    payload["conditions"] = conditions(&payload["conditions"]);
     Ok(Body::Health(HealthSeen {
         at_ms: milliseconds(&health.at, now_ms)?,
-        files: health.backlog.files,
-        messages: health.backlog.messages,
+        files: health.backlog.files.min(MAX_COUNT),
+        messages: health.backlog.messages.min(MAX_COUNT),
         payload,
     }))
+}
+
+/// The conditions that a page can show: objects with a message and a time as texts.
+fn conditions(found: &Value) -> Value {
+    let shown = |c: &&Value| c["message"].is_string() && c["since"].is_string();
+    let found = found.as_array().into_iter().flatten();
+    found.filter(shown).cloned().collect()
 }
 
 fn result(payload: &[u8], now_ms: i64) -> Result<Body, Unusable> {
@@ -411,7 +429,7 @@ fn alert_body(payload: &[u8], now_ms: i64) -> Result<Body, Unusable> {
     Ok(Body::Alert(AlertSeen {
         alert_id: alert.alert_id,
         study_id: alert.study_id,
-        revision: alert.revision,
+        revision: alert.revision.min(MAX_COUNT),
         closed: alert.state == "closed",
         at_ms: milliseconds(&alert.at, now_ms)?,
         payload,
@@ -620,6 +638,17 @@ mod tests {
             ),
             ("ack/xyz", "", Unusable::Topic),
             ("command", "{}", Unusable::Topic),
+            (
+                "alert",
+                &format!(r#"["{ID}","{ID}",1,"raised","2026-11-23T12:00:00Z"]"#),
+                Unusable::Payload,
+            ),
+            (
+                "health",
+                r#"["2026-11-23T12:00:00Z",[1,2]]"#,
+                Unusable::Payload,
+            ),
+            ("study", &format!(r#"["{ID}"]"#), Unusable::Payload),
             ("preview", r#"{"scan_id":"0"}"#, Unusable::Payload),
         ] {
             assert_eq!(parsed(kind, payload), Err(why), "{kind} {payload}");
@@ -635,6 +664,28 @@ mod tests {
         let big = vec![b' '; MAX_PAYLOAD + 1];
         let big = parse("scansentry", "scansentry/a/b/health", &big, false, NOW);
         assert_eq!(big, Err(Unusable::TooLarge));
+    }
+
+    #[test]
+    fn a_health_report_keeps_only_what_a_page_can_show() {
+        for (conditions, left) in [
+            (r#""disk""#, json!([])),
+            (r#"[null,1,["x"],{"message":3,"since":"s"}]"#, json!([])),
+            (
+                r#"[{"code":"x","message":"m","since":"s"},7]"#,
+                json!([{"code": "x", "message": "m", "since": "s"}]),
+            ),
+        ] {
+            let text = format!(
+                r#"{{"at":"2026-11-23T12:00:00Z","backlog":{{"files":{},"messages":1}},"conditions":{conditions}}}"#,
+                u64::MAX
+            );
+            let Ok(Body::Health(seen)) = parsed("health", &text) else {
+                panic!("not taken");
+            };
+            assert_eq!(seen.payload["conditions"], left);
+            assert_eq!((seen.files, seen.messages), (i64::MAX as u64, 1));
+        }
     }
 
     #[test]

@@ -214,7 +214,7 @@ impl Server {
 
     /// Serves until `stop`.
     pub async fn serve(
-        self,
+        &self,
         probes: Arc<dyn Probes>,
         page: Option<Arc<dyn Page>>,
         stop: CancellationToken,

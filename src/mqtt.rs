@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rumqttc::{TlsConfiguration, Transport, v5};
@@ -251,6 +252,7 @@ pub struct Session {
     client: Client,
     events: mpsc::UnboundedReceiver<Event>,
     next: Ticket,
+    refused: Arc<AtomicBool>,
     // Polls the event loop; ends with the session.
     _poller: AbortOnDropHandle<()>,
 }
@@ -261,6 +263,7 @@ impl Session {
         // Unbounded, because a bounded channel could stop the poller while this side waits for the poller. What can gather is bounded all
         // the same: acknowledgements by the messages in flight, and incoming messages by QoS 1 and the broker's own window.
         let (events_tx, events) = mpsc::unbounded_channel();
+        let refused = Arc::new(AtomicBool::new(false));
         let receipts = settings.persistent.map_or(0, |_| RECEIVE_MAXIMUM);
         let requests = usize::from(settings.inflight) + usize::from(receipts) + SPARE_REQUESTS;
         let (client, poller) = if settings.protocol == 4 {
@@ -300,6 +303,7 @@ impl Session {
                     event_loop,
                     events_tx,
                     settings.persistent.is_some(),
+                    refused.clone(),
                 )),
             )
         } else {
@@ -350,6 +354,7 @@ impl Session {
                     event_loop,
                     events_tx,
                     settings.persistent.is_some(),
+                    refused.clone(),
                 )),
             )
         };
@@ -357,6 +362,7 @@ impl Session {
             client,
             events,
             next: 0,
+            refused,
             _poller: AbortOnDropHandle::new(poller),
         }
     }
@@ -436,6 +442,11 @@ impl Session {
         }
     }
 
+    /// Whether the broker has refused a subscription of this session; a warning in the log says why.
+    pub fn refused(&self) -> bool {
+        self.refused.load(Ordering::Relaxed)
+    }
+
     /// Tells the broker that a message of a persistent session is safe; until then it sends it again on the next connection.
     pub async fn confirm(&mut self, receipt: Receipt) -> Result<(), Gone> {
         match &self.client {
@@ -488,12 +499,18 @@ impl Tickets {
     }
 }
 
+fn refuse_subscription(refused: &AtomicBool, reason: &str) {
+    tracing::warn!("the broker refuses a subscription ({reason}); check its access rules");
+    refused.store(true, Ordering::Relaxed);
+}
+
 async fn poll_v4(
     mut event_loop: rumqttc::EventLoop,
     events: mpsc::UnboundedSender<Event>,
     receipts: bool,
+    refused: Arc<AtomicBool>,
 ) {
-    use rumqttc::{Event as E, Outgoing, Packet};
+    use rumqttc::{Event as E, Outgoing, Packet, SubscribeReasonCode};
     let mut tickets = Tickets::default();
     loop {
         let event = match event_loop.poll().await {
@@ -502,6 +519,12 @@ async fn poll_v4(
                 Some(ticket) => Event::Acked(ticket),
                 None => continue,
             },
+            Ok(E::Incoming(Packet::SubAck(ack))) => {
+                if ack.return_codes.contains(&SubscribeReasonCode::Failure) {
+                    refuse_subscription(&refused, "no reason given");
+                }
+                continue;
+            }
             Ok(E::Incoming(Packet::Publish(message))) => Event::Message {
                 topic: message.topic,
                 payload: message.payload.to_vec(),
@@ -527,10 +550,11 @@ async fn poll_v5(
     mut event_loop: v5::EventLoop,
     events: mpsc::UnboundedSender<Event>,
     receipts: bool,
+    refused: Arc<AtomicBool>,
 ) {
     use rumqttc::Outgoing;
     use v5::Event as E;
-    use v5::mqttbytes::v5::{Packet, PubAckReason};
+    use v5::mqttbytes::v5::{Packet, PubAckReason, SubscribeReasonCode};
     let mut tickets = Tickets::default();
     loop {
         let event = match event_loop.poll().await {
@@ -542,6 +566,14 @@ async fn poll_v5(
                 }
                 (Some(ticket), reason) => Event::Refused(ticket, format!("{reason:?}")),
             },
+            Ok(E::Incoming(Packet::SubAck(ack))) => {
+                let failed =
+                    |c: &&SubscribeReasonCode| !matches!(c, SubscribeReasonCode::Success(_));
+                if let Some(code) = ack.return_codes.iter().find(failed) {
+                    refuse_subscription(&refused, &format!("{code:?}"));
+                }
+                continue;
+            }
             Ok(E::Incoming(Packet::Publish(message))) => Event::Message {
                 topic: String::from_utf8_lossy(&message.topic).into_owned(),
                 payload: message.payload.to_vec(),

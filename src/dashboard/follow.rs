@@ -1,8 +1,9 @@
 //! Follows the appliances: messages into the history, changes to the pages, acknowledgements to the broker.
 //!
 //! What has arrived and is not stored yet is bounded: above QoS 0 by the broker, which sends at most
-//! [`RECEIVE_MAXIMUM`](crate::mqtt::RECEIVE_MAXIMUM) messages that were not confirmed, and previews by [`PREVIEWS`]. A
-//! history that cannot be written is tried again with the same batch; the broker keeps the rest.
+//! [`RECEIVE_MAXIMUM`](crate::mqtt::RECEIVE_MAXIMUM) messages that were not confirmed, at QoS 0 by [`UNCONFIRMED`], and previews by
+//! [`PREVIEWS`]. A history that cannot be written is tried again with the same batch; the broker keeps the rest. With a lost connection goes what
+//! the broker sends again on the next one.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Broker, Order, now_ms};
 use crate::config::Config;
-use crate::history::{ApplianceKey, Body, Received, parse};
+use crate::history::{ApplianceKey, Received, parse};
 use crate::http::{Refusal, Update};
 use crate::message::{NOTICE, rfc3339};
 use crate::metrics::DashboardMetrics;
@@ -30,6 +31,8 @@ const GATHER: Duration = Duration::from_millis(20);
 const FLUSH: Duration = Duration::from_millis(200);
 /// Most previews that wait to be stored.
 const PREVIEWS: usize = 64;
+/// Most messages that wait to be stored without the broker waiting for a confirmation (QoS 0).
+const UNCONFIRMED: usize = 1024;
 /// Rows and previews in one event.
 const EVENT_ROWS: usize = 40;
 /// Wait before a batch is tried again.
@@ -69,15 +72,30 @@ enum Ended {
 /// A batch on its way into the history, and the history itself: there and back again.
 type Writing = JoinHandle<(Box<History>, Vec<Received>, Result<Changes, StoreError>)>;
 
+/// What to remember of a message that waits to be stored.
+#[derive(Clone, Copy)]
+struct Tag {
+    /// To be confirmed once the message is stored.
+    receipt: Option<Receipt>,
+    /// Whether the broker sends it again on the next connection.
+    again: bool,
+    preview: bool,
+}
+
 /// What is at hand between broker, history and pages.
 struct Hands {
     /// `None` while it is written.
     history: Option<Box<History>>,
     writing: Option<Writing>,
-    /// To be confirmed when the batch in `writing` is stored.
-    receipts: Vec<Receipt>,
-    pending: Vec<Received>,
-    pending_receipts: Vec<Receipt>,
+    /// Of the messages in `writing`, in the same order.
+    tags: Vec<Tag>,
+    /// Whether the connection that brought the messages in `writing` has ended.
+    lost: bool,
+    pending: Vec<(Received, Tag)>,
+    /// Of messages that were not taken: nothing to store, and yet to be confirmed.
+    untaken: Vec<Receipt>,
+    /// Whether it was said that there are too many appliances.
+    crowded: bool,
     /// Not before this is the next batch written.
     write_at: Instant,
     /// What the pages have not heard yet.
@@ -100,9 +118,11 @@ impl Follow {
         let mut hands = Hands {
             history: Some(history),
             writing: None,
-            receipts: Vec::new(),
+            tags: Vec::new(),
+            lost: false,
             pending: Vec::new(),
-            pending_receipts: Vec::new(),
+            untaken: Vec::new(),
+            crowded: false,
             write_at: now,
             unsent: Changes::default(),
             sent_at: now,
@@ -117,14 +137,20 @@ impl Follow {
                 .await;
             if hands.history.is_none() && hands.writing.is_none() {
                 tracing::error!("dashboard: a defect in the program ended the history");
+                self.broker.send_modify(|broker| {
+                    broker.storage =
+                        Some("history has ended by a defect in the program; start it again".into());
+                });
+                self.say_broker(false, Some("the history has ended".into()));
                 return;
             }
             for (_, (_, done)) in hands.orders.drain() {
                 let _ = done.send(Err(away()));
             }
             // Not confirmed: the broker sends these again on the next connection.
-            hands.receipts.clear();
-            hands.pending_receipts.clear();
+            hands.lost = hands.writing.is_some();
+            hands.pending.retain(|(_, tag)| !tag.again);
+            hands.untaken.clear();
             match ended {
                 Ended::Stop => {
                     session.close(GOODBYE).await;
@@ -197,8 +223,8 @@ impl Follow {
         let deadline = Instant::now() + patience;
         let mut connected = false;
         loop {
-            if hands.prune_at <= Instant::now() && self.prune(session, hands).await.is_err() {
-                return Ended::Lost("the connection has ended".into());
+            if hands.prune_at <= Instant::now() && !self.prune(hands).await {
+                return Ended::Lost("the history's thread has died".into());
             }
             if hands.writing.is_none()
                 && !hands.pending.is_empty()
@@ -206,12 +232,9 @@ impl Follow {
             {
                 hands.begin_writing();
             }
-            if hands.writing.is_none() && hands.pending.is_empty() {
-                // Of messages that were not taken: nothing to store, and yet to be confirmed.
-                for receipt in std::mem::take(&mut hands.pending_receipts) {
-                    if session.confirm(receipt).await.is_err() {
-                        return Ended::Lost("the connection has ended".into());
-                    }
+            for receipt in std::mem::take(&mut hands.untaken) {
+                if session.confirm(receipt).await.is_err() {
+                    return Ended::Lost("the connection has ended".into());
                 }
             }
             if hands.has_unsent() && hands.sent_at + FLUSH <= Instant::now() {
@@ -266,6 +289,10 @@ impl Follow {
                         return Ended::Lost("no answer in time".into());
                     }
                     hands.orders.retain(|_, (since, _)| since.elapsed() < ORDER_PATIENCE);
+                    if session.refused() {
+                        let line = "it refuses a subscription; check its access rules";
+                        self.broker.send_modify(|broker| broker.reason = Some(line.into()));
+                    }
                     self.tick();
                     self.count_appliances().await;
                 }
@@ -298,25 +325,36 @@ impl Follow {
         receipt: Option<Receipt>,
     ) {
         let prefix = &self.config.mqtt.topic_prefix;
-        hands.pending_receipts.extend(receipt);
         match parse(prefix, topic, payload, retained, now_ms()) {
             Ok(message) => {
-                let is_preview = |m: &Received| matches!(m.body, Body::Preview(_));
-                if is_preview(&message)
+                let kind = message.body.kind();
+                let tag = Tag {
+                    receipt,
+                    again: receipt.is_some() || retained,
+                    preview: kind == "preview",
+                };
+                let waiting = |which: fn(&Tag) -> bool| {
+                    let pending = hands.pending.iter().map(|(_, tag)| tag);
+                    pending.chain(&hands.tags).filter(|t| which(t)).count()
+                };
+                let full = (tag.preview
                     && (self.config.dashboard.preview_bytes == 0
-                        || hands.pending.iter().filter(|m| is_preview(m)).count() >= PREVIEWS)
-                {
-                    self.metrics.heard("preview", "dropped");
+                        || waiting(|t| t.preview) >= PREVIEWS))
+                    || (receipt.is_none() && waiting(|t| t.receipt.is_none()) >= UNCONFIRMED);
+                if full {
+                    self.metrics.heard(kind, "dropped");
+                    hands.untaken.extend(receipt);
                     return;
                 }
                 if hands.pending.is_empty() {
                     hands.write_at = hands.write_at.max(Instant::now() + GATHER);
                 }
-                hands.pending.push(message);
+                hands.pending.push((message, tag));
             }
             Err(reason) => {
                 tracing::debug!("a message was not taken: {reason}");
                 self.metrics.heard("unknown", "unusable");
+                hands.untaken.extend(receipt);
             }
         }
     }
@@ -332,6 +370,14 @@ impl Follow {
     ) -> bool {
         self.metrics.rows.set(history.rows());
         hands.history = Some(history);
+        let mut tags = std::mem::take(&mut hands.tags);
+        let lost = std::mem::take(&mut hands.lost);
+        if lost {
+            // Their receipts belong to a connection that has ended.
+            for tag in &mut tags {
+                tag.receipt = None;
+            }
+        }
         match result {
             Ok(changes) => {
                 if self.broker.borrow().storage.is_some() {
@@ -343,8 +389,17 @@ impl Follow {
                     self.metrics
                         .heard(kind, if *new { "stored" } else { "known" });
                 }
+                for kind in &changes.dropped {
+                    self.metrics.heard(kind, "dropped");
+                }
+                if !changes.dropped.is_empty() && !hands.crowded {
+                    hands.crowded = true;
+                    tracing::warn!(
+                        "dashboard: more appliances than it remembers; messages of new ones are dropped until others are forgotten"
+                    );
+                }
                 hands.gather(changes);
-                for receipt in std::mem::take(&mut hands.receipts) {
+                for receipt in tags.into_iter().filter_map(|tag| tag.receipt) {
                     if session.confirm(receipt).await.is_err() {
                         return false;
                     }
@@ -360,11 +415,12 @@ impl Follow {
                         .send_modify(|broker| broker.storage = Some(line));
                     self.tick();
                 }
-                let newer = std::mem::replace(&mut hands.pending, batch);
-                hands.pending.extend(newer);
-                let newer = std::mem::take(&mut hands.pending_receipts);
-                hands.pending_receipts = std::mem::take(&mut hands.receipts);
-                hands.pending_receipts.extend(newer);
+                let mut again: Vec<_> = batch.into_iter().zip(tags).collect();
+                if lost {
+                    again.retain(|(_, tag)| !tag.again);
+                }
+                again.append(&mut hands.pending);
+                hands.pending = again;
                 hands.write_at = Instant::now() + RETRY;
             }
         }
@@ -430,14 +486,11 @@ impl Follow {
         self.metrics.pages.set(self.updates.receiver_count() as u64);
     }
 
-    /// Forgets old rows between two batches, a few at a time, and takes the acknowledgements of forgotten alerts off the broker.
-    async fn prune(
-        &self,
-        session: &mut Session,
-        hands: &mut Hands,
-    ) -> Result<(), crate::mqtt::Gone> {
+    /// Forgets old rows between two batches, a few at a time. Acknowledgements stay with the broker, which lets them expire: to the other
+    /// dashboards, an empty one would say that it was taken back. `false` when the history's thread has died.
+    async fn prune(&self, hands: &mut Hands) -> bool {
         let Some(mut history) = hands.history.take() else {
-            return Ok(());
+            return true;
         };
         hands.prune_at = Instant::now() + PRUNE;
         let dashboard = &self.config.dashboard;
@@ -451,23 +504,16 @@ impl Follow {
             (history, pruned)
         });
         let Ok((history, pruned)) = pruned.await else {
-            return Err(crate::mqtt::Gone);
+            return false;
         };
         self.metrics.rows.set(history.rows());
         hands.history = Some(history);
         match pruned {
-            Ok((forgotten, more)) => {
-                if more {
-                    hands.prune_at = Instant::now() + PRUNE_PAUSE;
-                }
-                for (appliance, alert) in forgotten {
-                    let topic = self.ack_topic(&appliance, alert);
-                    session.publish(&topic, Vec::new(), &sending(true)).await?;
-                }
-            }
+            Ok(true) => hands.prune_at = Instant::now() + PRUNE_PAUSE,
+            Ok(false) => {}
             Err(error) => tracing::debug!("dashboard: old rows are not forgotten: {error}"),
         }
-        Ok(())
+        true
     }
 
     fn ack_topic(&self, appliance: &ApplianceKey, alert: Pseudonym) -> String {
@@ -531,8 +577,8 @@ impl Hands {
         let Some(mut history) = self.history.take() else {
             return;
         };
-        let batch = std::mem::take(&mut self.pending);
-        self.receipts = std::mem::take(&mut self.pending_receipts);
+        let (batch, tags): (Vec<_>, _) = std::mem::take(&mut self.pending).into_iter().unzip();
+        self.tags = tags;
         self.writing = Some(tokio::task::spawn_blocking(move || {
             let result = history.write(&batch);
             (history, batch, result)

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use tokio::sync::{broadcast, mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, broadcast, mpsc, oneshot, watch};
 
 use super::{Broker, Order};
 use crate::history::{ApplianceKey, Question};
@@ -42,18 +42,24 @@ impl From<StoreError> for Refusal {
     }
 }
 
+/// Reads that may hold a thread each; the process has few of them, and the main job needs some.
+static READS: Semaphore = Semaphore::const_new(2);
+
 /// Reads in a thread that may wait.
-async fn read<T: Send + 'static>(
+pub(super) async fn read<T: Send + 'static>(
     reader: HistoryReader,
     call: impl FnOnce(&HistoryReader) -> Result<T, Refusal> + Send + 'static,
 ) -> Result<T, Refusal> {
-    tokio::task::spawn_blocking(move || call(&reader))
-        .await
-        .unwrap_or_else(|_| {
-            Err(Refusal::Away(
-                "history: a defect in the program; see the log".into(),
-            ))
-        })
+    let place = READS.acquire().await;
+    let read = move || {
+        let _place = place;
+        call(&reader)
+    };
+    tokio::task::spawn_blocking(read).await.unwrap_or_else(|_| {
+        Err(Refusal::Away(
+            "history: a defect in the program; see the log".into(),
+        ))
+    })
 }
 
 fn answer(reader: &HistoryReader, question: Question) -> Result<Value, Refusal> {

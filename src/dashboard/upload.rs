@@ -9,6 +9,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
@@ -16,6 +17,7 @@ use tokio::fs::File;
 use tokio::io::AsyncWriteExt as _;
 use tokio::sync::{Semaphore, mpsc};
 
+use super::page::read;
 use crate::config::Config;
 use crate::history::ApplianceKey;
 use crate::http::{Part, Refusal};
@@ -32,6 +34,8 @@ const FINAL: &str = "upload-";
 const EXTENSIONS: [&str; 8] = ["png", "jpg", "jpeg", "bmp", "tif", "tiff", "dcm", "dicom"];
 /// Files on their way at the same time.
 const AT_ONCE: usize = 4;
+/// How long a file waits for its turn to look at the export folder.
+const LOOK_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Where uploaded files go.
 pub struct Inbox {
@@ -45,23 +49,24 @@ pub struct Inbox {
     min_free_bytes: u64,
     files: usize,
     room: Semaphore,
+    /// Held while the export folder is looked at: a share that hangs holds one thread, not all of them.
+    looking: Arc<Semaphore>,
 }
 
 impl Inbox {
-    /// Into `watch.folder` of `config`; what an earlier run left unfinished is removed.
+    /// Into `watch.folder` of `config`; what an earlier run left unfinished is removed in a thread, before anything is taken. Needs a runtime.
     pub fn open(config: &Config, key: PseudonymKey, store: Store) -> Self {
         let folder = if config.watch.recursive {
             config.watch.folder.join(FOLDER)
         } else {
             config.watch.folder.clone()
         };
-        for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
-            let name = entry.file_name();
-            let name = name.to_string_lossy();
-            if name.starts_with(TEMPORARY.0) && name.ends_with(TEMPORARY.1) {
-                let _ = std::fs::remove_file(entry.path());
-            }
-        }
+        let looking = Arc::new(Semaphore::new(1));
+        let (cleaned, place) = (folder.clone(), looking.clone().try_acquire_owned());
+        tokio::task::spawn_blocking(move || {
+            let _place = place;
+            clean(&cleaned);
+        });
         Self {
             folder,
             key,
@@ -74,6 +79,7 @@ impl Inbox {
             min_free_bytes: config.state.min_free_bytes,
             files: config.dashboard.upload_files,
             room: Semaphore::new(AT_ONCE),
+            looking,
         }
     }
 
@@ -90,7 +96,14 @@ impl Inbox {
             ));
         };
         let me = self.clone();
-        tokio::task::spawn_blocking(move || me.look_around())
+        let looking = tokio::time::timeout(LOOK_PATIENCE, self.looking.clone().acquire_owned())
+            .await
+            .map_err(|_| broken("the export folder does not answer"))?;
+        let look = move || {
+            let _looking = looking;
+            me.look_around()
+        };
+        tokio::task::spawn_blocking(look)
             .await
             .map_err(|_| broken("the export folder cannot be looked at"))??;
         let mut random = [0; 16];
@@ -103,9 +116,7 @@ impl Inbox {
         let digest = self.receive(&temporary.0, parts).await?;
         let scan_id = self.key.scan_id(&digest);
         let appliance = self.appliance.clone();
-        let shown = tokio::task::spawn_blocking(move || reader.scan(&appliance, scan_id))
-            .await
-            .map_err(|_| broken("the history cannot be read"))??;
+        let shown = read(reader, move |reader| Ok(reader.scan(&appliance, scan_id)?)).await?;
         let recorded = self
             .store
             .call(move |ledger| ledger.lookup(scan_id))
@@ -183,6 +194,17 @@ impl Inbox {
         }
         file.sync_all().await.map_err(|e| unwritable(&e))?;
         Ok(hash.finalize().into())
+    }
+}
+
+/// Removes what an earlier run left unfinished.
+fn clean(folder: &Path) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(TEMPORARY.0) && name.ends_with(TEMPORARY.1) {
+            let _ = std::fs::remove_file(entry.path());
+        }
     }
 }
 

@@ -23,7 +23,7 @@ use crate::scan::Pseudonym;
 const DATABASE: &str = "history.sqlite3";
 
 /// Format of the database, in `PRAGMA user_version`.
-const FORMAT: i64 = 1;
+const FORMAT: i64 = 2;
 
 /// Rows of a batch that are handed on to the pages; what is beyond is only counted.
 const FRESH: usize = 40;
@@ -33,6 +33,9 @@ const APPLIANCES: i64 = 2000;
 
 /// Pictures of one study that a page gets.
 const STUDY_PICTURES: usize = 1000;
+
+/// Bytes of one preview: its picture and its activation map, which is ASCII.
+const PREVIEW_BYTES: &str = "length(png) + coalesce(length(heatmap), 0)";
 
 /// Rows that one chart looks at.
 const CHART_ROWS: usize = 1_000_000;
@@ -102,6 +105,7 @@ CREATE TABLE preview (
   frame     INTEGER NOT NULL,
   png       BLOB NOT NULL,
   heatmap   TEXT,
+  stored_at INTEGER NOT NULL DEFAULT 0,
   UNIQUE (appliance, scan_id, frame)
 );
 CREATE TABLE backlog (
@@ -113,16 +117,40 @@ CREATE TABLE backlog (
 ) WITHOUT ROWID;
 ";
 
+/// By age, for what forgets: part of a new database, and what brings one of format 1 up to date.
+const INDEXES: &str = "
+CREATE INDEX result_stored ON result(stored_at);
+CREATE INDEX alert_stored ON alert(stored_at);
+CREATE INDEX study_stored ON study(stored_at);
+CREATE INDEX ack_stored ON ack(stored_at);
+CREATE INDEX preview_stored ON preview(stored_at);
+";
+
+/// Format 1 did not say when a preview came: those there are count from now.
+const FROM_FORMAT_1: &str = "
+ALTER TABLE preview ADD COLUMN stored_at INTEGER NOT NULL DEFAULT 0;
+UPDATE preview SET stored_at = unixepoch() * 1000;
+";
+
 type Result<T> = std::result::Result<T, StoreError>;
 
 /// The writing side.
 #[derive(Debug)]
 pub struct History {
     conn: Connection,
-    rows: u64,
-    preview_bytes: u64,
+    held: Held,
     // Let go of with the connection.
     _lock: Lock,
+}
+
+/// How much is in it.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    results: u64,
+    previews: u64,
+    /// Pictures and activation maps, bytes.
+    preview_bytes: u64,
+    appliances: i64,
 }
 
 /// What a batch changed.
@@ -134,6 +162,8 @@ pub struct Changes {
     pub more: u64,
     /// Messages stored and messages known already, by kind.
     pub counted: Vec<(&'static str, bool)>,
+    /// Messages of appliances beyond the most that are remembered, by kind: not stored.
+    pub dropped: Vec<&'static str>,
     /// Appliances of which something is new.
     pub appliances: BTreeSet<ApplianceKey>,
     /// Alerts of which something is new.
@@ -147,7 +177,7 @@ pub struct Changes {
 pub struct Retention {
     /// Forget what arrived before, milliseconds since 1970.
     pub before_ms: i64,
-    /// Most results, and most alerts and studies.
+    /// Most results, and most alerts, studies and previews.
     pub max_rows: u64,
     /// Most bytes of previews.
     pub preview_bytes: u64,
@@ -167,27 +197,31 @@ impl History {
             }
             other => other?,
         };
-        let rows = conn.query_row("SELECT count(*) FROM result", [], |r| r.get(0))?;
-        let preview_bytes = conn.query_row("SELECT total(length(png)) FROM preview", [], |r| {
-            r.get::<_, f64>(0)
-        })? as u64;
+        let count = |sql: &str| conn.query_row(sql, [], |r| r.get::<_, u64>(0));
+        let sizes = Held {
+            results: count("SELECT count(*) FROM result")?,
+            previews: count("SELECT count(*) FROM preview")?,
+            preview_bytes: count(&format!(
+                "SELECT coalesce(sum({PREVIEW_BYTES}), 0) FROM preview"
+            ))?,
+            appliances: count("SELECT count(*) FROM appliance")? as i64,
+        };
         Ok(Self {
             conn,
-            rows,
-            preview_bytes,
+            held: sizes,
             _lock: held,
         })
     }
 
     /// Results in it.
     pub fn rows(&self) -> u64 {
-        self.rows
+        self.held.results
     }
 
     /// Stores a batch in one transaction.
     pub fn write(&mut self, batch: &[Received]) -> Result<Changes> {
         let mut changes = Changes::default();
-        let (rows, bytes) = (self.rows, self.preview_bytes);
+        let held = self.held;
         self.conn.execute_batch("BEGIN IMMEDIATE")?;
         let written = batch
             .iter()
@@ -195,7 +229,7 @@ impl History {
             .and_then(|()| Ok(self.conn.execute_batch("COMMIT")?));
         if let Err(error) = written {
             let _ = self.conn.execute_batch("ROLLBACK");
-            (self.rows, self.preview_bytes) = (rows, bytes);
+            self.held = held;
             return Err(error);
         }
         let more = changes.results.len().saturating_sub(FRESH);
@@ -206,6 +240,7 @@ impl History {
 
     fn write_one(&mut self, message: &Received, changes: &mut Changes) -> Result<()> {
         let Some(appliance) = self.appliance(message)? else {
+            changes.dropped.push(message.body.kind());
             return Ok(());
         };
         let key = &message.appliance;
@@ -257,7 +292,7 @@ impl History {
                     ],
                 )? == 1;
                 if new {
-                    self.rows += 1;
+                    self.held.results += 1;
                     let id = self.conn.last_insert_rowid();
                     if newest.is_some() && !superseded {
                         self.cached(
@@ -302,7 +337,7 @@ impl History {
                 true
             }
             Body::Preview(preview) => {
-                self.write_preview(appliance, preview)?;
+                self.write_preview(appliance, preview, now)?;
                 changes.previews.push(json!({
                     "site": key.site, "device": key.device, "scan_id": preview.scan_id, "frame": preview.frame,
                     "preview": true, "heatmap": preview.heatmap,
@@ -336,7 +371,7 @@ impl History {
     }
 
     /// The appliance's number; `None` where there are too many.
-    fn appliance(&self, message: &Received) -> Result<Option<i64>> {
+    fn appliance(&mut self, message: &Received) -> Result<Option<i64>> {
         let key = &message.appliance;
         // What the broker had kept is no sign of life; a health report has its own time.
         let live = !message.retained && !matches!(message.body, Body::Ack(..) | Body::Status(_));
@@ -352,24 +387,22 @@ impl History {
         if found.is_some() {
             return Ok(found);
         }
-        let known: i64 = self
-            .conn
-            .query_row("SELECT count(*) FROM appliance", [], |r| r.get(0))?;
-        if known >= APPLIANCES {
+        if self.held.appliances >= APPLIANCES {
             return Ok(None);
         }
         self.cached(
             "INSERT INTO appliance (site, device, seen_at) VALUES (?1, ?2, ?3)",
             params![key.site, key.device, if live { message.at_ms } else { 0 }],
         )?;
+        self.held.appliances += 1;
         Ok(Some(self.conn.last_insert_rowid()))
     }
 
-    fn write_preview(&mut self, appliance: i64, preview: &PreviewSeen) -> Result<()> {
+    fn write_preview(&mut self, appliance: i64, preview: &PreviewSeen, now: i64) -> Result<()> {
         let frame = i64::from(preview.frame.unwrap_or(0));
         let old: Option<u64> = self
             .conn
-            .prepare_cached("DELETE FROM preview WHERE appliance = ?1 AND scan_id = ?2 AND frame = ?3 RETURNING length(png)")?
+            .prepare_cached(&format!("DELETE FROM preview WHERE appliance = ?1 AND scan_id = ?2 AND frame = ?3 RETURNING {PREVIEW_BYTES}"))?
             .query_row(params![appliance, &preview.scan_id.0[..], frame], |r| r.get(0))
             .optional()?;
         let heatmap = preview
@@ -377,11 +410,14 @@ impl History {
             .as_ref()
             .and_then(|map| serde_json::to_string(map).ok());
         self.cached(
-            "INSERT INTO preview (appliance, scan_id, frame, png, heatmap) VALUES (?1, ?2, ?3, ?4, ?5)",
-            params![appliance, &preview.scan_id.0[..], frame, preview.png, heatmap],
+            "INSERT INTO preview (appliance, scan_id, frame, png, heatmap, stored_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+            params![appliance, &preview.scan_id.0[..], frame, preview.png, heatmap, now],
         )?;
-        self.preview_bytes += preview.png.len() as u64;
-        self.preview_bytes -= old.unwrap_or(0).min(self.preview_bytes);
+        let bytes = preview.png.len() + heatmap.map_or(0, |text| text.len());
+        let held = &mut self.held;
+        held.previews += u64::from(old.is_none());
+        held.preview_bytes =
+            (held.preview_bytes + bytes as u64).saturating_sub(old.unwrap_or_default());
         Ok(())
     }
 
@@ -389,84 +425,81 @@ impl History {
         Ok(self.conn.prepare_cached(sql)?.execute(values)?)
     }
 
-    /// Forgets what is beyond `keep`, at most `limit` rows of each table, in one transaction. Returns the acknowledged alerts that went,
-    /// whose retained acknowledgements nobody needs any more, and whether there may be more to forget.
-    pub fn prune(
-        &mut self,
-        keep: Retention,
-        limit: usize,
-    ) -> Result<(Vec<(ApplianceKey, Pseudonym)>, bool)> {
+    /// Forgets what is beyond `keep`, at most `limit` rows of each table for each reason, in one transaction. Returns whether there may be more
+    /// to forget.
+    pub fn prune(&mut self, keep: Retention, limit: usize) -> Result<bool> {
         let limit = limit as i64;
         let transaction = self.conn.transaction()?;
         let mut gone = 0;
-        let surplus = (self.rows.saturating_sub(keep.max_rows) as i64).min(limit);
+        let mut held = self.held;
+        let surplus = (held.results.saturating_sub(keep.max_rows) as i64).min(limit);
         let results = transaction.execute(
-            "DELETE FROM result WHERE id IN (SELECT id FROM result WHERE stored_at < ?1 ORDER BY id LIMIT ?2)
+            "DELETE FROM result WHERE id IN (SELECT id FROM result WHERE stored_at < ?1 LIMIT ?2)
              OR id IN (SELECT id FROM result ORDER BY id LIMIT ?3)",
             params![keep.before_ms, limit, surplus],
         )?;
+        held.results = held.results.saturating_sub(results as u64);
         gone += results;
-        let mut previews = 0;
-        let mut excess = self.preview_bytes.saturating_sub(keep.preview_bytes);
         {
-            let mut oldest =
-                transaction.prepare("SELECT id, length(png) FROM preview ORDER BY id LIMIT ?1")?;
+            let mut old = transaction.prepare(&format!(
+                "DELETE FROM preview WHERE id IN (SELECT id FROM preview WHERE stored_at < ?1 LIMIT ?2) RETURNING {PREVIEW_BYTES}"
+            ))?;
+            let mut rows = old.query(params![keep.before_ms, limit])?;
+            while let Some(row) = rows.next()? {
+                held.forget_preview(row.get(0)?);
+                gone += 1;
+            }
+            let mut oldest = transaction.prepare(&format!(
+                "SELECT id, {PREVIEW_BYTES} FROM preview ORDER BY id LIMIT ?1"
+            ))?;
             let mut delete = transaction.prepare("DELETE FROM preview WHERE id = ?1")?;
             let mut rows = oldest.query([limit])?;
-            while excess > 0
+            while (held.preview_bytes > keep.preview_bytes || held.previews > keep.max_rows)
                 && let Some(row) = rows.next()?
             {
-                let (id, bytes): (i64, u64) = (row.get(0)?, row.get(1)?);
-                delete.execute([id])?;
-                previews += bytes;
-                excess = excess.saturating_sub(bytes);
+                delete.execute([row.get::<_, i64>(0)?])?;
+                held.forget_preview(row.get(1)?);
                 gone += 1;
             }
         }
-        let mut forgotten = Vec::new();
-        {
-            let mut alerts = transaction.prepare(
-                "DELETE FROM alert WHERE (appliance, alert_id) IN (SELECT appliance, alert_id FROM alert WHERE stored_at < ?1
-                   OR stored_at < (SELECT stored_at FROM alert ORDER BY stored_at DESC LIMIT 1 OFFSET ?2) LIMIT ?3)
-                 RETURNING (SELECT site FROM appliance a WHERE a.id = alert.appliance), (SELECT device FROM appliance a WHERE a.id = alert.appliance), alert_id,
-                 EXISTS (SELECT 1 FROM ack k WHERE k.appliance = alert.appliance AND k.alert_id = alert.alert_id)",
-            )?;
-            let mut rows = alerts.query(params![keep.before_ms, keep.max_rows as i64, limit])?;
-            while let Some(row) = rows.next()? {
-                let key = ApplianceKey {
-                    site: row.get(0)?,
-                    device: row.get(1)?,
-                };
-                gone += 1;
-                if row.get(3)? {
-                    forgotten.push((key, Pseudonym(row.get(2)?)));
-                }
-            }
-        }
+        gone += transaction.execute(
+            "DELETE FROM alert WHERE (appliance, alert_id) IN (SELECT appliance, alert_id FROM alert WHERE stored_at < ?1
+               OR stored_at < (SELECT stored_at FROM alert ORDER BY stored_at DESC LIMIT 1 OFFSET ?2) LIMIT ?3)",
+            params![keep.before_ms, keep.max_rows as i64, limit],
+        )?;
         gone += transaction.execute(
             "DELETE FROM study WHERE (appliance, study_id) IN (SELECT appliance, study_id FROM study WHERE stored_at < ?1
                OR stored_at < (SELECT stored_at FROM study ORDER BY stored_at DESC LIMIT 1 OFFSET ?2) LIMIT ?3)",
             params![keep.before_ms, keep.max_rows as i64, limit],
         )?;
         gone += transaction.execute(
-            "DELETE FROM ack WHERE (appliance, alert_id) IN (SELECT appliance, alert_id FROM ack k WHERE stored_at < ?1
-               AND NOT EXISTS (SELECT 1 FROM alert a WHERE a.appliance = k.appliance AND a.alert_id = k.alert_id) LIMIT ?2)",
-            params![keep.before_ms, limit],
+            "DELETE FROM ack WHERE (appliance, alert_id) IN (SELECT appliance, alert_id FROM ack k WHERE (stored_at < ?1
+               OR stored_at < (SELECT stored_at FROM ack ORDER BY stored_at DESC LIMIT 1 OFFSET ?2))
+               AND NOT EXISTS (SELECT 1 FROM alert a WHERE a.appliance = k.appliance AND a.alert_id = k.alert_id) LIMIT ?3)",
+            params![keep.before_ms, keep.max_rows as i64, limit],
         )?;
         gone += transaction.execute(
             "DELETE FROM backlog WHERE (appliance, minute) IN (SELECT appliance, minute FROM backlog WHERE minute < ?1 LIMIT ?2)",
             params![keep.before_ms / 60_000, limit],
         )?;
-        gone += transaction.execute(
+        let appliances = transaction.execute(
             "DELETE FROM appliance WHERE id IN (SELECT id FROM appliance p WHERE seen_at < ?1 AND coalesce(status_at, 0) < ?1
                AND NOT EXISTS (SELECT 1 FROM result r WHERE r.appliance = p.id)
                AND NOT EXISTS (SELECT 1 FROM alert a WHERE a.appliance = p.id) LIMIT ?2)",
             params![keep.before_ms, limit],
         )?;
+        held.appliances -= appliances as i64;
+        gone += appliances;
         transaction.commit()?;
-        self.rows = self.rows.saturating_sub(results as u64);
-        self.preview_bytes = self.preview_bytes.saturating_sub(previews);
-        Ok((forgotten, gone as i64 >= limit))
+        self.held = held;
+        Ok(gone as i64 >= limit)
+    }
+}
+
+impl Held {
+    fn forget_preview(&mut self, bytes: u64) {
+        self.previews = self.previews.saturating_sub(1);
+        self.preview_bytes = self.preview_bytes.saturating_sub(bytes);
     }
 }
 
@@ -479,7 +512,10 @@ fn open(path: &Path) -> Result<Connection> {
     )?;
     match conn.query_row("PRAGMA user_version", [], |r| r.get(0))? {
         0 => conn.execute_batch(&format!(
-            "BEGIN; {SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;"
+            "BEGIN; {SCHEMA} {INDEXES} PRAGMA user_version = {FORMAT}; COMMIT;"
+        ))?,
+        1 => conn.execute_batch(&format!(
+            "BEGIN; {FROM_FORMAT_1} {INDEXES} PRAGMA user_version = {FORMAT}; COMMIT;"
         ))?,
         FORMAT => {}
         found => {
@@ -700,16 +736,14 @@ impl HistoryReader {
             step.total_ms.extend(total_ms);
         }
         let sql = format!(
-            "SELECT b.minute * 60000, b.files, b.messages FROM backlog b JOIN appliance p ON p.id = b.appliance
-             WHERE 1 {restriction} AND b.minute * 60000 >= ? AND b.minute * 60000 < ?"
+            "SELECT b.minute * 60000 / {step}, max(b.files), max(b.messages) FROM backlog b JOIN appliance p ON p.id = b.appliance
+             WHERE 1 {restriction} AND b.minute * 60000 >= ? AND b.minute * 60000 < ? GROUP BY 1"
         );
-        let waiting: Vec<(i64, u64, u64)> = self.rows(&sql, &values, |row| {
+        let waiting: Vec<(i64, i64, i64)> = self.rows(&sql, &values, |row| {
             Ok((row.get(0)?, row.get(1)?, row.get(2)?))
         })?;
-        for (at, files, messages) in waiting {
-            let most = &mut steps.entry(at / step).or_default().backlog;
-            let (most_files, most_messages) = most.unwrap_or_default();
-            *most = Some((most_files.max(files), most_messages.max(messages)));
+        for (number, files, messages) in waiting {
+            steps.entry(number).or_default().backlog = Some((files, messages));
         }
         let steps: Vec<_> = steps
             .into_iter()
@@ -728,7 +762,7 @@ struct Step {
     rejected: u64,
     skipped: u64,
     total_ms: Vec<f64>,
-    backlog: Option<(u64, u64)>,
+    backlog: Option<(i64, i64)>,
 }
 
 impl Step {
@@ -777,6 +811,9 @@ fn payload(text: String) -> Value {
 
 fn alert_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<Value> {
     let mut alert = payload(row.get(2)?);
+    if !alert.is_object() {
+        alert = json!({});
+    }
     alert["site"] = row.get::<_, String>(0)?.into();
     alert["device"] = row.get::<_, String>(1)?.into();
     alert["closed"] = row.get::<_, bool>(3)?.into();

@@ -48,7 +48,7 @@ describe("the dashboard", { timeout: 600_000 }, () => {
       await page.locator("tbody tr .picture img").first().waitFor();
     }
     const words = await desk.locator("tbody .decision").allInnerTexts();
-    assert.ok(words.includes("Tumour pattern found") && words.includes("No tumour pattern found"), words.join());
+    assert.ok(words.includes("Tumour pattern found") && words.includes("No tumour pattern found by this model"), words.join());
     assert.match(await desk.locator("#announce").textContent(), /New alert: tumour pattern found by this model/);
     assert.match(await desk.title(), /^\(1\) /);
     assert.match(await desk.locator("tbody .bar").first().getAttribute("aria-label"), /probability 0\.\d{3}, threshold 0\.500/);

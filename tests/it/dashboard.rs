@@ -956,7 +956,7 @@ fn the_history_drops_duplicates_shows_the_newest_and_forgets_within_bounds() {
         .unwrap();
     assert_ne!(first.last().unwrap()["scan_id"], next[0]["scan_id"]);
 
-    // By number, in steps; then by age. Acknowledged alerts are named when they go.
+    // By number, in steps; then by age.
     let alerts = parse(
         "scansentry",
         "scansentry/ward/mri-1/alert",
@@ -981,14 +981,83 @@ fn the_history_drops_duplicates_shows_the_newest_and_forgets_within_bounds() {
         max_rows,
         preview_bytes: 0,
     };
-    while history.prune(keep(0, 1000), 500).unwrap().1 {}
+    while history.prune(keep(0, 1000), 500).unwrap() {}
     assert_eq!(history.rows(), 1000);
-    let (forgotten, _) = history.prune(keep(2 * HOUR, 1000), 500).unwrap();
-    assert_eq!(forgotten.len(), 1);
-    assert_eq!(forgotten[0].1.to_string(), id(5, 1));
-    while history.prune(keep(100 * HOUR, 1000), 500).unwrap().1 {}
+    assert_eq!(reader.open_alerts(9).unwrap().1, 1);
+    history.prune(keep(2 * HOUR, 1000), 500).unwrap();
+    assert_eq!(reader.open_alerts(9).unwrap().1, 0);
+    while history.prune(keep(100 * HOUR, 1000), 500).unwrap() {}
     assert_eq!(
         (history.rows(), reader.results(&filter).unwrap().len()),
         (0, 0)
     );
+}
+
+#[test]
+fn previews_are_forgotten_by_age_bytes_and_number() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut history = History::open(folder.path()).unwrap();
+    let reader = HistoryReader::open(folder.path()).unwrap();
+    let key = "ward/mri-1".parse().unwrap();
+    let png = base64::engine::general_purpose::STANDARD.encode(b"\x89PNG\r\n\x1a\n");
+    let preview = |number: u64, at_ms| {
+        let payload = json!({"scan_id": id(2, number), "image": {"base64": png}, "heatmap": {"rows": 1, "columns": 1, "values": [[7]]}});
+        let text = payload.to_string();
+        parse(
+            "scansentry",
+            "scansentry/ward/mri-1/preview",
+            text.as_bytes(),
+            false,
+            at_ms,
+        )
+        .unwrap()
+    };
+    let left = || {
+        let there = |n: &u64| {
+            let found = reader.preview(&key, id(2, *n).parse().unwrap(), None);
+            found.unwrap().is_some()
+        };
+        (1..=4).filter(there).collect::<Vec<_>>()
+    };
+    let batch: Vec<_> = (1..=4).map(|n| preview(n, n as i64 * HOUR)).collect();
+    history.write(&batch).unwrap();
+    // One that comes again is as old as its last coming, and counts once.
+    history.write(&[preview(1, 5 * HOUR)]).unwrap();
+    let mut keep = Retention {
+        before_ms: 3 * HOUR,
+        max_rows: 1000,
+        preview_bytes: 1 << 20,
+    };
+    history.prune(keep, 500).unwrap();
+    assert_eq!(left(), [1, 3, 4]);
+    keep.max_rows = 2;
+    history.prune(keep, 500).unwrap();
+    assert_eq!(left(), [1, 4]);
+    // The activation map counts: 8 bytes of picture alone would fit twice.
+    keep.preview_bytes = 20;
+    history.prune(keep, 500).unwrap();
+    assert_eq!(left(), [] as [u64; 0]);
+}
+
+#[test]
+fn a_history_of_the_first_format_is_brought_up_to_date() {
+    let folder = tempfile::tempdir().unwrap();
+    drop(History::open(folder.path()).unwrap());
+    let sql = "DROP INDEX result_stored; DROP INDEX alert_stored; DROP INDEX study_stored; DROP INDEX ack_stored; DROP INDEX preview_stored;
+      ALTER TABLE preview DROP COLUMN stored_at; PRAGMA user_version = 1;
+      INSERT INTO preview (appliance, scan_id, frame, png) VALUES (1, x'00', 0, x'89');";
+    let database = folder.path().join("history.sqlite3");
+    let sqlite = rusqlite::Connection::open(&database).unwrap();
+    sqlite.execute_batch(sql).unwrap();
+    let mut history = History::open(folder.path()).unwrap();
+    let keep = Retention {
+        before_ms: jiff::Timestamp::now().as_millisecond() - HOUR,
+        max_rows: 1000,
+        preview_bytes: 1,
+    };
+    assert!(!history.prune(keep, 500).unwrap());
+    let left: i64 = sqlite
+        .query_row("SELECT count(*) FROM preview", [], |row| row.get(0))
+        .unwrap();
+    assert_eq!(left, 1);
 }

@@ -56,6 +56,7 @@ function tellTrouble() {
     const since = live.broker.since ? ` since ${clock(new Date(live.broker.since))}` : "";
     lines.push(`Broker away${since} (${live.broker.reason ?? "no reason given"}). Results are kept by the appliances and come later.`);
   }
+  else if (live.loaded && live.broker.reason) lines.push(`Broker: ${live.broker.reason}.`);
   if (live.storage) lines.push(`${live.storage}`);
   const text = lines.join(" ");
   if (trouble.textContent !== text) fill(trouble, text && h("p", { class: "trouble" }, text));

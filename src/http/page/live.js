@@ -6,6 +6,7 @@
 const SILENCE_MS = 15_000;
 const AGAIN_MS = 2_000;
 const KEPT_ROWS = 60;
+const RELOAD_MS = 500;
 
 export const live = {
   appliances: new Map(),
@@ -25,6 +26,7 @@ let token = "";
 let source = null;
 let heard = 0;
 let again = 0;
+let reload = 0;
 
 // `listener(kind, data)` with kind state | rows | previews | appliances | alerts | connection; returns what ends it.
 export function listen(listener) {
@@ -33,7 +35,10 @@ export function listen(listener) {
 }
 
 function tell(kind, data) {
-  for (const listener of [...listeners]) listener(kind, data);
+  for (const listener of [...listeners]) {
+    // One view that cannot show something must not keep the news from the others.
+    try { listener(kind, data); } catch (error) { console.error(error); }
+  }
 }
 
 const keyOf = (thing) => `${thing.site}/${thing.device}`;
@@ -82,6 +87,10 @@ async function load() {
   live.loaded = true;
   tick(state);
   tell("state");
+}
+
+function reloadSoon() {
+  reload ||= setTimeout(() => { reload = 0; load().catch(lost); }, RELOAD_MS);
 }
 
 function lost() {
@@ -136,6 +145,8 @@ export function connect() {
   });
   on("alerts", (alerts) => {
     const raised = [];
+    // The server lists the newest alerts only, and says how many there are.
+    const partly = live.openAlerts > live.alerts.size;
     for (const alert of alerts) {
       const key = alertKey(alert);
       if (needsAttention(alert)) {
@@ -145,8 +156,8 @@ export function connect() {
         live.alerts.delete(key);
       }
     }
-    live.openAlerts = Math.max(live.openAlerts, live.alerts.size);
-    if (live.alerts.size < 50) live.openAlerts = live.alerts.size;
+    if (partly) reloadSoon();
+    else live.openAlerts = live.alerts.size;
     tell("alerts", { alerts, raised });
   });
 }

@@ -23,6 +23,16 @@ function heatToggle(changed) {
   return h("label", { class: "toggle" }, box, "Activation map");
 }
 
+// A list's items; one that cannot be shown does not take the others with it.
+function each(things, card) {
+  return things.map((thing) => {
+    try { return card(thing); } catch (error) {
+      console.error(error);
+      return h("li", { class: "trouble" }, `${name(thing)}: cannot be shown; what it reported is not what this page knows`);
+    }
+  });
+}
+
 // ---- alerts ---------------------------------------------------------------------------------------------------------
 
 function alertCard(alert, level = 3) {
@@ -64,7 +74,7 @@ function alertSection(level) {
     const focused = document.activeElement?.closest?.("[data-alert]")?.dataset.alert;
     fill(section,
       h(`h${level}`, { id: "alerts-title" }, "Alerts", h("span", { class: "count" }, fresh ? `${fresh} to acknowledge` : "none to acknowledge")),
-      alerts.length ? h("ol", { class: "plain" }, alerts.map((alert) => alertCard(alert, level + 1)))
+      alerts.length ? h("ol", { class: "plain" }, each(alerts, (alert) => alertCard(alert, level + 1)))
         : h("p", { class: "hint" }, "No alert is open. Alerts say what this model found; their absence says nothing about a patient."),
       live.openAlerts > alerts.length && h("p", { class: "hint" }, `${live.openAlerts - alerts.length} more; acknowledge these first.`));
     if (focused) {
@@ -103,7 +113,7 @@ function applianceSection() {
   const draw = () => {
     const appliances = sortedAppliances();
     fill(section, h("h2", { id: "appliances-title" }, "Appliances", h("span", { class: "count" }, String(appliances.length))),
-      appliances.length ? h("ul", { class: "plain cards" }, appliances.map(applianceCard))
+      appliances.length ? h("ul", { class: "plain cards" }, each(appliances, applianceCard))
         : empty("No appliance has been heard of yet.", "They appear when they connect to the same broker under the same topic prefix."));
   };
   return { section, draw };
@@ -285,7 +295,7 @@ export function alertsView(root) {
     try {
       const { alerts, more: further } = await ask(`/api/alerts?limit=30${before ? `&before=${encodeURIComponent(before)}` : ""}`);
       if (!before) list.replaceChildren();
-      list.append(...alerts.map((alert) => alertCard(alert)));
+      list.append(...each(alerts, (alert) => alertCard(alert)));
       last = alerts.at(-1)?.raised_at ?? last;
       more.hidden = !further;
       fill(status, list.children.length ? "" : "No alert has been acknowledged and closed yet.");
@@ -302,7 +312,30 @@ export function alertsView(root) {
   return { end: stop };
 }
 
+// The server sends no more pictures of one study.
+const STUDY_PICTURES = 1000;
+
 // ---- study ----------------------------------------------------------------------------------------------------------
+
+// The pictures at hand may be fewer than the study's: older than the history, or more than one answer holds. So the appliance's own counts
+// are asked too, and the highest ones hold.
+function studyCounts({ pictures, summary, alert }) {
+  const most = (key, found) => Math.max(found, ...[summary?.[key], alert?.[key]].filter(Number.isFinite));
+  const found = (...names) => pictures.filter((row) => names.includes(verdict(row))).length;
+  return { images: most("images", pictures.length), positives: most("positives", found("positive")), negatives: found("negative"),
+    indeterminate: found("indeterminate"), rejected: found("rejected", "skipped") };
+}
+
+// "No tumour pattern" is said only where every picture is at hand and has its decision.
+function studyLead(study) {
+  const { images, positives, negatives, indeterminate } = studyCounts(study);
+  const shown = study.pictures.length;
+  if (positives) return `Tumour pattern found by this model in ${count(positives, "picture")} of ${images}.`;
+  if (!shown) return "The pictures of this study are older than the history.";
+  if (indeterminate) return `No clear answer by this model in ${count(indeterminate, "picture")} of ${images}.`;
+  if (shown < images || shown >= STUDY_PICTURES) return `Only ${count(shown, "picture")} of this study are in the history; nothing can be said about all of them.`;
+  return negatives ? "No tumour pattern found by this model." : "No picture of this study could be classified.";
+}
 
 export function studyView(root, [site, device, id]) {
   fill(root, loading());
@@ -310,8 +343,7 @@ export function studyView(root, [site, device, id]) {
   let timer = 0;
   const draw = () => {
     const { pictures, summary, alert } = study;
-    const positives = pictures.filter((row) => verdict(row) === "positive").length;
-    const rejected = pictures.filter((row) => ["rejected", "skipped"].includes(verdict(row))).length;
+    const { images, positives, rejected } = studyCounts(study);
     const highest = Math.max(...pictures.map((row) => row.probability ?? -1));
     const strip = h("ol", { class: "strip" }, pictures.map((row, i) => h("li", {},
       h("a", { href: scanLink(row) + (row.frame ? `?frame=${row.frame}` : ""), class: verdict(row) },
@@ -319,16 +351,16 @@ export function studyView(root, [site, device, id]) {
         h("span", { class: "unseen" }, decisionWord(verdict(row)))))));
     fill(root,
       h("div", { class: "bar-line" }, heading(1, "Study ", shortId(id)), h("span", { class: "spacer" }), heatToggle(draw)),
-      h("p", { class: "lead" }, positives ? `Tumour pattern found by this model in ${count(positives, "picture")} of ${pictures.length}.` : pictures.length > rejected ? "No tumour pattern found by this model." : "No picture of this study could be classified."),
+      h("p", { class: "lead" }, studyLead(study)),
       alert && h("ol", { class: "plain" }, alertCard(alert, 2)),
       h("div", { class: "columns even" },
         h("section", { class: "panel" }, studyPlot(pictures, -1, (i) => { location.hash = scanLink(pictures[i]); })),
         h("section", { class: "panel" }, heading(2, "Summary"), facts([
           ["Appliance", `${site} / ${device}`],
           ["State", summary ? "complete: quiet for the set time" : "open: pictures may still come"],
-          ["Pictures", String(summary?.images ?? pictures.length)],
-          ["Positive", String(summary?.positives ?? positives)],
-          ["Rejected or skipped", String(summary?.rejected ?? rejected)],
+          ["Pictures", String(images)],
+          ["Positive", String(positives)],
+          ["Rejected or skipped", String(Math.max(summary?.rejected ?? 0, rejected))],
           ["Highest probability", highest >= 0 ? probability(highest) : null],
           ["First picture", summary?.opened_at && time(summary.opened_at)],
           ["Last picture", summary?.last_at && time(summary.last_at)],
@@ -385,7 +417,7 @@ export function scanView(root, [site, device, id], words) {
         h("section", { class: "panel look", "aria-label": "Picture" }, shown,
           h("p", { class: "hint" }, "This is the part that the model saw, cropped and scaled. The image beyond the crop never leaves the appliance.")),
         h("section", { class: `panel answer ${verdict(row)}`, "aria-labelledby": "answer-title" },
-          h("h2", { id: "answer-title" }, decision(row), row.outcome === "classified" && verdict(row) !== "indeterminate" && h("span", { class: "by" }, "by this model")),
+          h("h2", { id: "answer-title" }, decision(row), verdict(row) === "positive" && h("span", { class: "by" }, "by this model")),
           typeof row.probability === "number" && h("div", { class: "big-bar" }, bar(row), h("p", { class: "hint" }, `Probability against the threshold of ${probability(row.threshold)}: at or above it the decision is positive.`)),
           remark(row) && h("p", { class: "why" }, row.rejected ? h("code", {}, row.rejected.code) : null, row.rejected ? " " : null, row.rejected || row.misfit ? remark(row) : `Unusual: ${remark(row)}`),
           facts([
@@ -595,7 +627,7 @@ export function wallView(root) {
           h("p", { class: "hint" }, appliance.health ? `${count(appliance.health.backlog.files, "file")} and ${count(appliance.health.backlog.messages, "message")} waiting` : "no report yet"));
       })),
       h("section", { class: "wall-latest", "aria-label": "Latest results" }, latest.map((row) => h("div", { class: `panel ${verdict(row)}` }, picture(row, { size: 160, heat: true }),
-        h("p", {}, decision(row, shortWord)), bar(row), h("p", { class: "hint" }, name(row), " · ", time(row.processed_at))))),
+        h("p", {}, decision(row)), bar(row), h("p", { class: "hint" }, name(row), " · ", time(row.processed_at))))),
       h("p", { class: "wall-foot" }, h("span", {}, "Research use only, not for diagnosis"), h("span", { class: "wall-clock" }, new Date().toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" })), h("a", { href: "#/" }, "Leave the wall view")));
   };
   draw();

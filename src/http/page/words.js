@@ -6,7 +6,7 @@ import { h } from "./dom.js";
 // Each decision has a shape, a word and a colour; none of them stands alone.
 const DECISIONS = {
   positive: { word: "Tumour pattern found", short: "Positive", path: "M8 1.5 15 14.5H1z" },
-  negative: { word: "No tumour pattern found", short: "Negative", path: "M8 2a6 6 0 1 1 0 12A6 6 0 0 1 8 2z" },
+  negative: { word: "No tumour pattern found by this model", short: "Negative", path: "M8 2a6 6 0 1 1 0 12A6 6 0 0 1 8 2z" },
   indeterminate: { word: "No clear answer", short: "Indeterminate", path: "M8 1 15 8 8 15 1 8z" },
   rejected: { word: "Rejected", short: "Rejected", path: "M3.2 1.5 8 6.3l4.8-4.8 1.7 1.7L9.7 8l4.8 4.8-1.7 1.7L8 9.7l-4.8 4.8-1.7-1.7L6.3 8 1.5 3.2z" },
   skipped: { word: "Skipped, no image", short: "Skipped", path: "M1.5 6.5h13v3h-13z" },
