@@ -17,16 +17,18 @@ fail() {
     exit 1
 }
 
-# Which engine, which tools, and the newest C library that the result may need.
+# The newest C library that a result may need.
+glibc_limit=2.34
+# Which engine, which tools.
 case $target in
     x86_64-unknown-linux-gnu)
-        engine=litert prefix='' packages='' glibc_limit=2.34
+        engine=litert prefix='' packages=''
         ;;
     aarch64-unknown-linux-gnu)
-        engine=litert prefix=aarch64-linux-gnu- packages="gcc-aarch64-linux-gnu libc6-dev-arm64-cross" glibc_limit=2.34
+        engine=litert prefix=aarch64-linux-gnu- packages="gcc-aarch64-linux-gnu libc6-dev-arm64-cross"
         ;;
     armv7-unknown-linux-gnueabihf)
-        engine=tflite prefix=arm-linux-gnueabihf- glibc_limit=2.34
+        engine=tflite prefix=arm-linux-gnueabihf-
         packages="g++ g++-arm-linux-gnueabihf libclang-dev make"
         ;;
     *)

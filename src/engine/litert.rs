@@ -24,16 +24,8 @@ use super::{ElementType, Engine, EngineError, EngineInfo, TensorSpec, stderr};
 /// The first signature of the file; a file without any gets one from the runtime that stands for its main graph.
 const SIGNATURE: sys::LiteRtParamIndex = 0;
 
-/// More threads than that per interpreter help on no board that this runs on.
-const MAX_THREADS: usize = 64;
-
-/// Loads `bytes`, whose description is `file`, on LiteRT with `threads` threads (1 to 64; values outside are moved to the
-/// nearest end).
+/// Loads `bytes`, whose description is `file`, with `threads` threads.
 pub(super) fn load(bytes: &[u8], file: ModelFile, threads: usize) -> Result<LiteRt, EngineError> {
-    stderr::explained(|| load_loudly(bytes, file, threads.clamp(1, MAX_THREADS)))
-}
-
-fn load_loudly(bytes: &[u8], file: ModelFile, threads: usize) -> Result<LiteRt, EngineError> {
     let ModelFile {
         input: input_spec,
         outputs: output_specs,

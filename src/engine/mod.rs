@@ -109,7 +109,11 @@ pub enum EngineError {
     Run(String),
 }
 
-/// Loads `model` (the bytes of a `.tflite` file) on `runtime`, one of [`RUNTIMES`], with `threads` threads (at least 1).
+/// More threads than that per interpreter help on no board that this runs on.
+const MAX_THREADS: usize = 64;
+
+/// Loads `model` (the bytes of a `.tflite` file) on `runtime`, one of [`RUNTIMES`], with `threads` threads (1 to 64; values outside
+/// are moved to the nearest end).
 ///
 /// A loaded model has exactly one input, and only tensors of fixed shape and of an [`ElementType`].
 pub fn load(
@@ -118,15 +122,19 @@ pub fn load(
     threads: usize,
 ) -> Result<Box<dyn Engine>, EngineError> {
     let file = model_file::ModelFile::read(model)?;
-    match runtime {
-        #[cfg(litert)]
-        Runtime::LiteRt => Ok(Box::new(litert::load(model, file, threads)?)),
-        #[cfg(tflite)]
-        Runtime::TfLite => Ok(Box::new(tflite::load(model, file, threads)?)),
-        #[cfg(not(all(litert, tflite)))]
-        missing => Err(EngineError::Load(format!(
-            "{} is not in this build",
-            missing.as_str()
-        ))),
-    }
+    let threads = threads.clamp(1, MAX_THREADS);
+    let load = || -> Result<Box<dyn Engine>, EngineError> {
+        match runtime {
+            #[cfg(litert)]
+            Runtime::LiteRt => Ok(Box::new(litert::load(model, file, threads)?)),
+            #[cfg(tflite)]
+            Runtime::TfLite => Ok(Box::new(tflite::load(model, file, threads)?)),
+            #[cfg(not(all(litert, tflite)))]
+            missing => Err(EngineError::Load(format!(
+                "{} is not in this build",
+                missing.as_str()
+            ))),
+        }
+    };
+    stderr::explained(load)
 }

@@ -61,17 +61,14 @@ impl ModelFile {
                 "not a TFLite model: its identifier is not TFL3".to_owned(),
             ));
         }
-        let broken = |Broken(what)| EngineError::Load(format!("not an intact model file: {what}"));
-        let main = check_model(bytes).map_err(broken)?;
+        let main = check_model(bytes)?;
 
+        let tensors = main.vector(0, MAX_PARTS)?;
         let ends = |number, kind: &str| {
-            let (tensors, ends) = main_ends(&main, number).map_err(broken)?;
+            let ends = main.vector(number, MAX_ENDS)?;
             (0..ends.len)
-                .map(|i| {
-                    let tensor = ends.i32(i).and_then(|t| tensors.table(t as usize));
-                    tensor_spec(&tensor.map_err(broken)?, kind, i)
-                })
-                .collect::<Result<Vec<_>, _>>()
+                .map(|i| tensor_spec(&tensors.table(ends.i32(i)? as usize)?, kind, i))
+                .collect::<Result<Vec<_>, EngineError>>()
         };
         let inputs = ends(1, "input")?;
         let outputs = ends(2, "output")?;
@@ -84,7 +81,7 @@ impl ModelFile {
         if outputs.is_empty() {
             return Err(EngineError::Load("no outputs".to_owned()));
         }
-        let operators = main.vector(3, MAX_PARTS).map_err(broken)?.len;
+        let operators = main.vector(3, MAX_PARTS)?.len;
         Ok(Self {
             input,
             outputs,
@@ -96,6 +93,12 @@ impl ModelFile {
 /// What is wrong with a file.
 #[derive(Debug, PartialEq, Eq)]
 struct Broken(&'static str);
+
+impl From<Broken> for EngineError {
+    fn from(Broken(what): Broken) -> Self {
+        Self::Load(format!("not an intact model file: {what}"))
+    }
+}
 
 const OUTSIDE: Broken = Broken("it points outside itself");
 
@@ -119,10 +122,6 @@ fn check_model(bytes: &[u8]) -> Result<Table<'_>, Broken> {
         check_graph(&graphs.table(graph)?, codes.len, buffers.len)?;
     }
     graphs.table(0)
-}
-
-fn main_ends<'a>(main: &Table<'a>, number: usize) -> Result<(Vector<'a>, Vector<'a>), Broken> {
-    Ok((main.vector(0, MAX_PARTS)?, main.vector(number, MAX_ENDS)?))
 }
 
 fn check_graph(graph: &Table<'_>, codes: usize, buffers: usize) -> Result<(), Broken> {
@@ -189,8 +188,7 @@ fn check_tensor(tensor: &Table<'_>, buffers: usize) -> Result<(), Broken> {
 
 /// What a checked tensor is, which lies at an end of the main graph.
 fn tensor_spec(tensor: &Table<'_>, kind: &str, index: usize) -> Result<TensorSpec, EngineError> {
-    let broken = |Broken(what)| EngineError::Load(format!("not an intact model file: {what}"));
-    let name = match tensor.string(3).map_err(broken)? {
+    let name = match tensor.string(3)? {
         Some(name) if !name.is_empty() => String::from_utf8_lossy(name).into_owned(),
         _ => format!("{kind} {index}"),
     };
@@ -198,7 +196,7 @@ fn tensor_spec(tensor: &Table<'_>, kind: &str, index: usize) -> Result<TensorSpe
         name: name.clone(),
         problem,
     };
-    let element = match tensor.u8(1).map_err(broken)? {
+    let element = match tensor.u8(1)? {
         0 => ElementType::Float32,
         3 => ElementType::UInt8,
         9 => ElementType::Int8,
@@ -211,14 +209,13 @@ fn tensor_spec(tensor: &Table<'_>, kind: &str, index: usize) -> Result<TensorSpe
     };
 
     // The signature of the shape has -1 where the extent may change; it is left out where nothing may.
-    let mut extents = tensor.vector(7, MAX_RANK).map_err(broken)?;
+    let mut extents = tensor.vector(7, MAX_RANK)?;
     if extents.len == 0 {
-        extents = tensor.vector(0, MAX_RANK).map_err(broken)?;
+        extents = tensor.vector(0, MAX_RANK)?;
     }
     let dimensions = (0..extents.len)
         .map(|i| extents.i32(i))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(broken)?;
+        .collect::<Result<Vec<_>, _>>()?;
     let shape = dimensions
         .iter()
         .map(|&extent| usize::try_from(extent).ok().filter(|&extent| extent > 0))
@@ -239,8 +236,7 @@ fn tensor_spec(tensor: &Table<'_>, kind: &str, index: usize) -> Result<TensorSpe
     let quant = match element {
         ElementType::Float32 => None,
         ElementType::Int8 | ElementType::UInt8 => {
-            let found = quantization(tensor).map_err(broken)?;
-            let (scale, zero_point) = found.ok_or_else(|| {
+            let (scale, zero_point) = quantization(tensor)?.ok_or_else(|| {
                 refuse("is an integer tensor without one scale and zero point; expected a fully quantized model".to_owned())
             })?;
             Some(sensible(scale, zero_point, element).map_err(refuse)?)

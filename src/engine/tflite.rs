@@ -7,20 +7,13 @@ use tflite::ops::builtin::BuiltinOpResolver;
 use tflite::{FlatBufferModel, Interpreter, InterpreterBuilder};
 
 use super::model_file::ModelFile;
-use super::{Engine, EngineError, EngineInfo, TensorSpec, stderr};
+use super::{Engine, EngineError, EngineInfo, TensorSpec};
 
 /// Of the sources that crate tflite 0.9.8 has.
 const VERSION: &str = "1.15.5";
 
-/// More threads than that per interpreter help on no board that this runs on.
-const MAX_THREADS: usize = 64;
-
-/// Loads `bytes`, whose description is `file`, with `threads` threads (1 to 64; values outside are moved to the nearest end).
+/// Loads `bytes`, whose description is `file`, with `threads` threads.
 pub(super) fn load(bytes: &[u8], file: ModelFile, threads: usize) -> Result<TfLite, EngineError> {
-    stderr::explained(|| load_loudly(bytes, file, threads.clamp(1, MAX_THREADS)))
-}
-
-fn load_loudly(bytes: &[u8], file: ModelFile, threads: usize) -> Result<TfLite, EngineError> {
     let refused = |error: tflite::Error| EngineError::Load(words(&error));
     let model = FlatBufferModel::build_from_buffer(bytes.to_vec()).map_err(refused)?;
     let builder = InterpreterBuilder::new(model, BuiltinOpResolver::default()).map_err(refused)?;

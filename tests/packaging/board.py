@@ -204,23 +204,23 @@ class Machine:
         until("the machine to answer", lambda: self.process.poll() is None and self.ssh("true", check=False) == "", 900, 2)
         return time.monotonic() - start
 
+    def login(self, command: str, **options) -> subprocess.CompletedProcess:
+        """Runs a shell command there."""
+        settings = "StrictHostKeyChecking=no UserKnownHostsFile=/dev/null LogLevel=ERROR ConnectTimeout=20 BatchMode=yes".split()
+        settings = [part for setting in settings for part in ("-o", setting)]
+        ssh = ["ssh", *settings, "-i", WORK / "key", "-p", str(self.port), "root@127.0.0.1", command]
+        return subprocess.run(ssh, capture_output=True, text=True, **options)
+
     def ssh(self, command: str, check: bool = True) -> str:
         """Runs a shell command there; its output."""
-        options = "StrictHostKeyChecking=no UserKnownHostsFile=/dev/null LogLevel=ERROR ConnectTimeout=20 BatchMode=yes".split()
-        options = [part for option in options for part in ("-o", option)]
-        done = subprocess.run(
-            ["ssh", *options, "-i", WORK / "key", "-p", str(self.port), "root@127.0.0.1", command], capture_output=True, text=True
-        )
+        done = self.login(command)
         if done.returncode and check:
             fail(f"{command}: exit {done.returncode}\n{(done.stdout + done.stderr)[-2000:]}")
         return done.stdout if done.returncode == 0 else f"exit {done.returncode}"
 
     def put(self, source: Path, target: str) -> None:
         with source.open("rb") as file:
-            options = "StrictHostKeyChecking=no UserKnownHostsFile=/dev/null LogLevel=ERROR BatchMode=yes".split()
-            options = [part for option in options for part in ("-o", option)]
-            command = ["ssh", *options, "-i", WORK / "key", "-p", str(self.port), "root@127.0.0.1", f"cat > {target}"]
-            subprocess.run(command, stdin=file, check=True, capture_output=True)
+            self.login(f"cat > {target}", stdin=file, check=True)
 
     def power_cut(self) -> None:
         """Without warning: what the kernel had not written is gone."""
