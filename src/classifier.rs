@@ -12,6 +12,7 @@ use crate::imaging::Picture;
 use crate::imaging::decode::{DecodeNote, Limits, Source, SourceKind};
 use crate::imaging::dicom::DicomHeader;
 use crate::imaging::explain::explain;
+use crate::imaging::heatmap::{self, Peak};
 use crate::imaging::quality;
 use crate::imaging::quantize::{Normalization, Quantizer};
 use crate::imaging::resize::{ResizeSpec, Resizer};
@@ -19,7 +20,7 @@ use crate::imaging::roi::{BrainContour, CropSpec, RoiFinder};
 use crate::manifest::{self, Manifest};
 use crate::message::{ClassifiedPicture, ModelRef, millis};
 use crate::prediction::{
-    Classified, Decision, Heatmap, Prediction, RejectCode, RejectReason, Roi, Timings,
+    Classified, Decision, Heatmap, Prediction, RejectCode, RejectReason, Roi, RuleInForce, Timings,
 };
 use crate::preview;
 use crate::scan::{hex, sha256};
@@ -137,6 +138,7 @@ pub struct Classifier {
     finder: Option<RoiFinder>,
     resizer: Resizer,
     quantizer: Quantizer,
+    rule: RuleInForce,
     quality: Quality,
     /// Whether to keep what the model saw, for previews.
     keep_seen: bool,
@@ -145,8 +147,13 @@ pub struct Classifier {
 }
 
 impl Classifier {
-    /// Loads the bundle's model with the threads that `config` gives it and checks that its tensors are what the manifest says.
+    /// Loads the bundle's model with the threads that `config` gives it and checks that its tensors are what the manifest says, and that
+    /// what the configuration says about decisions goes with the model's own rule.
     pub fn new(bundle: Arc<Bundle>, config: &Config) -> Result<Self, BundleError> {
+        let rule = config
+            .decision
+            .over(&bundle.manifest.decision)
+            .map_err(BundleError)?;
         let engine = engine::load(
             runtime(config.model.engine)?,
             &bundle.model,
@@ -197,6 +204,7 @@ impl Classifier {
             finder,
             resizer,
             quantizer,
+            rule,
             quality: config.quality,
             keep_seen,
             tensor: Vec::new(),
@@ -238,6 +246,11 @@ impl Classifier {
     /// The bundle behind this.
     pub fn bundle(&self) -> &Arc<Bundle> {
         &self.bundle
+    }
+
+    /// The rule by which it decides.
+    pub fn rule(&self) -> &RuleInForce {
+        &self.rule
     }
 
     /// The runtime behind this.
@@ -327,7 +340,7 @@ impl Classifier {
             }
         });
         let mut prediction =
-            Prediction::interpret(&manifest.output, &manifest.decision, &values, heatmap)
+            Prediction::interpret(&manifest.output, &self.rule.rule, &values, heatmap)
                 .map_err(failed)?;
         let misfit = quality.as_ref().is_some_and(|q| q.misfit.is_some());
         if misfit && self.quality.misfits == Misfits::Indeterminate {
@@ -363,6 +376,17 @@ impl Classifier {
             .map(|(roi, _)| self.resizer.resize(picture, *roi));
         let contour = found.as_ref().and_then(|(_, contour)| contour.as_ref());
         Some(explain(picture, self.finder.as_ref()?, contour, seen))
+    }
+
+    /// The crop of `picture` with the map of what was `found` in it, and the map's strongest place; `None` where the model gives no map.
+    pub fn overlay(
+        &self,
+        picture: &Picture,
+        found: &Classified,
+    ) -> Option<(RgbImage, Option<Peak>)> {
+        let (map, input) = (found.prediction.heatmap.as_ref()?, self.resizer.spec());
+        let image = heatmap::overlay(picture, found.roi, map, input);
+        Some((image, heatmap::peak(found.roi, map, input)))
     }
 }
 

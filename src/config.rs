@@ -11,6 +11,8 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::imaging::quality::{QualityLimits, QualityRule};
+use crate::manifest::DecisionRule;
+use crate::prediction::{RuleInForce, RuleOwner};
 
 /// The documented defaults, and with them the list of all keys.
 pub const DEFAULTS: &str = include_str!("../config/scansentry.toml");
@@ -28,6 +30,7 @@ pub struct Config {
     pub watch: Watch,
     pub limits: Limits,
     pub model: Model,
+    pub decision: Decision,
     pub quality: Quality,
     pub pipeline: Pipeline,
     pub state: State,
@@ -103,6 +106,130 @@ pub enum EngineChoice {
     LiteRt,
     /// TensorFlow Lite 1.15.
     TfLite,
+}
+
+/// What stands above the model's own rule.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[allow(missing_docs)]
+pub struct Decision {
+    pub threshold: ModelsOwn,
+    pub indeterminate: ModelsOwn,
+}
+
+/// A setting of the model that the appliance may put its own in the place of.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(untagged)]
+pub enum ModelsOwn {
+    /// [`MODELS_OWN`], or another word of the key.
+    Word(String),
+    /// The appliance's own.
+    Number(f64),
+    /// The appliance's own.
+    Numbers(Vec<f64>),
+}
+
+/// The word for "as the model's manifest says". A key with this default takes numbers too.
+const MODELS_OWN: &str = "model";
+
+/// What [`Decision::indeterminate`] says.
+enum Band {
+    Models,
+    Off,
+    Own([f64; 2]),
+}
+
+/// The word for "no band".
+const OFF: &str = "off";
+
+impl Decision {
+    /// The rule in force for a model whose own rule is `model`; every problem is one line.
+    pub fn over(&self, model: &DecisionRule) -> Result<RuleInForce, Vec<String>> {
+        let (threshold, band) = self.parts()?;
+        let rule = DecisionRule {
+            threshold: threshold.unwrap_or(model.threshold),
+            indeterminate: match band {
+                Band::Models => model.indeterminate,
+                Band::Off => None,
+                Band::Own(band) => Some(band),
+            },
+        };
+        let band_is_models = matches!(band, Band::Models);
+        let owner = if threshold.is_none() && band_is_models {
+            RuleOwner::Model
+        } else {
+            RuleOwner::Appliance
+        };
+        let hint = if band_is_models && rule.indeterminate.is_some() {
+            "; the band is the model's own, so set decision.indeterminate too, or \"off\""
+        } else {
+            ""
+        };
+        let problems = rule.problems();
+        if problems.is_empty() {
+            Ok(RuleInForce { rule, owner })
+        } else {
+            Err(problems.iter().map(|p| format!("{p}{hint}")).collect())
+        }
+    }
+
+    /// What is set: the threshold and the band.
+    fn parts(&self) -> Result<(Option<f64>, Band), Vec<String>> {
+        let mut problems = Vec::new();
+        let threshold = match &self.threshold {
+            ModelsOwn::Word(word) if word == MODELS_OWN => None,
+            ModelsOwn::Number(number) => Some(*number),
+            other => {
+                problems.push(format!(
+                    "decision.threshold: {other} is no threshold; expected a number above 0 and below 1, or \"model\""
+                ));
+                None
+            }
+        };
+        let band = match &self.indeterminate {
+            ModelsOwn::Word(word) if word == MODELS_OWN => Band::Models,
+            ModelsOwn::Word(word) if word == OFF => Band::Off,
+            ModelsOwn::Numbers(numbers) if numbers.len() == 2 => {
+                Band::Own([numbers[0], numbers[1]])
+            }
+            other => {
+                problems.push(format!(
+                    "decision.indeterminate: {other} is no band; expected [low, high] around the threshold, \"off\" or \"model\""
+                ));
+                Band::Models
+            }
+        };
+        if problems.is_empty() {
+            Ok((threshold, band))
+        } else {
+            Err(problems)
+        }
+    }
+
+    /// What is wrong whatever the model's own rule is.
+    fn check(&self, fail: &mut impl FnMut(String)) {
+        // A band alone has to hold the model's threshold, which is not known here.
+        let own = self.parts().map(|(threshold, band)| DecisionRule {
+            threshold: threshold.unwrap_or(match band {
+                Band::Own([low, high]) => f64::midpoint(low, high),
+                Band::Models | Band::Off => 0.5,
+            }),
+            indeterminate: None,
+        });
+        match own.and_then(|own| self.over(&own)) {
+            Ok(_) => {}
+            Err(lines) => lines.into_iter().for_each(fail),
+        }
+    }
+}
+
+impl std::fmt::Display for ModelsOwn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Word(word) => write!(f, "{word:?}"),
+            Self::Number(number) => write!(f, "{number}"),
+            Self::Numbers(numbers) => write!(f, "{numbers:?}"),
+        }
+    }
 }
 
 /// What is done about pictures that are unusual.
@@ -598,6 +725,7 @@ impl Config {
         }
         self.check_ranges(&mut fail);
         self.quality.check_shares(&mut fail);
+        self.decision.check(&mut fail);
     }
 
     fn check_ranges(&self, fail: &mut impl FnMut(String)) {
@@ -837,7 +965,12 @@ fn check_keys(
 }
 
 fn same_type(value: &toml::Value, default: &toml::Value) -> bool {
+    let number = |value: &toml::Value| value.is_float() || value.is_integer();
     match (value, default) {
+        (value, toml::Value::String(word)) if word == MODELS_OWN => match value {
+            toml::Value::Array(values) => values.iter().all(number),
+            value => value.is_str() || number(value),
+        },
         (toml::Value::Array(values), toml::Value::Array(_)) => {
             values.iter().all(toml::Value::is_str)
         }
@@ -906,6 +1039,15 @@ fn parse_as(default: &toml::Value, text: &str) -> Option<toml::Value> {
     Some(match default {
         Value::Integer(_) => Value::Integer(text.parse().ok().filter(|n: &i64| *n >= 0)?),
         Value::Float(_) => Value::Float(text.parse().ok()?),
+        Value::String(word) if word == MODELS_OWN => {
+            let numbers: Result<Vec<f64>, _> =
+                text.split(',').map(|part| part.trim().parse()).collect();
+            match numbers.as_deref() {
+                Ok([number]) => Value::Float(*number),
+                Ok(numbers) => Value::Array(numbers.iter().copied().map(Value::Float).collect()),
+                Err(_) => Value::String(text.to_owned()),
+            }
+        }
         Value::Boolean(_) => Value::Boolean(text.parse().ok()?),
         Value::Array(_) => Value::Array(
             text.split(',')
@@ -1043,6 +1185,120 @@ mod tests {
         assert!(problems.0[0].starts_with("FILE:1: "), "{problems}");
         let problems = load_text("[watch]\nmode = 'telepathy'\n", &[]).unwrap_err();
         assert!(problems.to_string().contains("telepathy"), "{problems}");
+    }
+
+    #[test]
+    fn the_rule_is_the_models_unless_it_is_set() {
+        let model = DecisionRule {
+            threshold: 0.5,
+            indeterminate: Some([0.4, 0.6]),
+        };
+        let rule = |text: &str, environment: &[(&str, &str)]| {
+            load_text(text, environment).map(|config| config.decision.over(&model))
+        };
+        let ours = |threshold, indeterminate| {
+            Ok(RuleInForce {
+                rule: DecisionRule {
+                    threshold,
+                    indeterminate,
+                },
+                owner: RuleOwner::Appliance,
+            })
+        };
+        let models = rule("", &[]).unwrap().unwrap();
+        assert_eq!((models.rule, models.owner), (model, RuleOwner::Model));
+        for (text, threshold, band) in [
+            ("threshold = 0.45", 0.45, Some([0.4, 0.6])),
+            ("indeterminate = 'off'", 0.5, None),
+            ("indeterminate = [0, 0.7]", 0.5, Some([0.0, 0.7])),
+            ("threshold = 0.9\nindeterminate = 'off'", 0.9, None),
+            (
+                "threshold = 0.9\nindeterminate = [0.2, 0.95]",
+                0.9,
+                Some([0.2, 0.95]),
+            ),
+        ] {
+            let found = rule(&format!("[decision]\n{text}\n"), &[]).unwrap();
+            assert_eq!(found, ours(threshold, band), "{text}");
+        }
+        let environment = [
+            ("SCANSENTRY__DECISION__THRESHOLD", "0.3"),
+            ("SCANSENTRY__DECISION__INDETERMINATE", "0.2, 0.7"),
+        ];
+        assert_eq!(rule("", &environment).unwrap(), ours(0.3, Some([0.2, 0.7])));
+        let off = [("SCANSENTRY__DECISION__INDETERMINATE", "off")];
+        assert_eq!(rule("", &off).unwrap(), ours(0.5, None));
+
+        // What only the model shows to be wrong.
+        let lines = rule("[decision]\nthreshold = 0.7\n", &[])
+            .unwrap()
+            .unwrap_err();
+        assert_eq!(
+            lines,
+            [
+                "decision.indeterminate: [0.4, 0.6] does not hold the threshold 0.7; expected [low, high] around it, from 0 to 1; the band is the model's own, so set decision.indeterminate too, or \"off\""
+            ]
+        );
+        let lines = rule("[decision]\nindeterminate = [0.6, 0.7]\n", &[])
+            .unwrap()
+            .unwrap_err();
+        assert!(
+            lines[0].contains("does not hold the threshold 0.5"),
+            "{lines:?}"
+        );
+    }
+
+    #[test]
+    fn a_rule_that_is_nonsense_is_refused_without_a_model() {
+        for (text, expected) in [
+            ("threshold = 0", "decision.threshold: 0 is out of range"),
+            ("threshold = 1.0", "decision.threshold: 1 is out of range"),
+            ("threshold = nan", "decision.threshold: NaN is out of range"),
+            (
+                "threshold = 'off'",
+                "decision.threshold: \"off\" is no threshold",
+            ),
+            (
+                "threshold = [0.5]",
+                "decision.threshold: [0.5] is no threshold",
+            ),
+            (
+                "indeterminate = 0.5",
+                "decision.indeterminate: 0.5 is no band",
+            ),
+            (
+                "indeterminate = [0.5]",
+                "decision.indeterminate: [0.5] is no band",
+            ),
+            (
+                "indeterminate = 'on'",
+                "decision.indeterminate: \"on\" is no band",
+            ),
+            (
+                "indeterminate = [0.7, 0.6]",
+                "decision.indeterminate: [0.7, 0.6] does not hold",
+            ),
+            (
+                "indeterminate = [-0.1, 0.6]",
+                "decision.indeterminate: [-0.1, 0.6] does not hold",
+            ),
+            (
+                "threshold = 0.8\nindeterminate = [0.4, 0.6]",
+                "decision.indeterminate: [0.4, 0.6] does not hold the threshold 0.8",
+            ),
+            (
+                "threshold = true",
+                "FILE: decision.threshold: true is a boolean",
+            ),
+            (
+                "indeterminate = ['a', 'b']",
+                "FILE: decision.indeterminate: [\"a\", \"b\"] is a array",
+            ),
+        ] {
+            let problems = load_text(&format!("[decision]\n{text}\n"), &[]).unwrap_err();
+            assert!(problems.0[0].starts_with(expected), "{text}: {problems}");
+            assert_eq!(problems.0.len(), 1, "{text}: {problems}");
+        }
     }
 
     #[test]

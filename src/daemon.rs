@@ -69,10 +69,11 @@ impl Prepared {
     pub fn describe(&self) -> String {
         let model = &self.classifiers[0].bundle().model_ref;
         format!(
-            "model {} {} on {}; {} worker(s)",
+            "model {} {} on {}; {}; {} worker(s)",
             model.name,
             model.version,
             self.classifiers[0].engine_info(),
+            self.classifiers[0].rule(),
             self.classifiers.len()
         )
     }
@@ -191,12 +192,14 @@ pub async fn run(
 
     let bundle = classifiers[0].bundle().clone();
     let engine = classifiers[0].engine_info().to_string();
+    let rule = *classifiers[0].rule();
     let model = &bundle.model_ref;
     tracing::info!(
         model = model.name,
         version = model.version,
         engine,
         workers = classifiers.len(),
+        %rule,
         "model loaded"
     );
     let reporter = Arc::new(Reporter {
@@ -204,7 +207,7 @@ pub async fn run(
         key: state.key().clone(),
         model: model.clone(),
         labels: bundle.manifest.output.labels.clone(),
-        threshold: bundle.manifest.decision.threshold,
+        rule,
     });
     let outbox = Arc::new(Notify::new());
     let backlog = Arc::new(AtomicU64::new(0));

@@ -222,6 +222,29 @@ pub struct DecisionRule {
     pub indeterminate: Option<[f64; 2]>,
 }
 
+impl DecisionRule {
+    /// What is wrong with the rule: the threshold lies between 0 and 1, and the band around it within 0 to 1.
+    pub fn problems(&self) -> Vec<String> {
+        let Self {
+            threshold,
+            indeterminate,
+        } = *self;
+        let mut problems = Vec::new();
+        if !(threshold > 0.0 && threshold < 1.0) {
+            problems.push(format!(
+                "decision.threshold: {threshold} is out of range; expected above 0 and below 1"
+            ));
+        } else if let Some([low, high]) = indeterminate
+            && !(0.0 <= low && low <= threshold && threshold <= high && high <= 1.0)
+        {
+            problems.push(format!(
+                "decision.indeterminate: [{low}, {high}] does not hold the threshold {threshold}; expected [low, high] around it, from 0 to 1"
+            ));
+        }
+        problems
+    }
+}
+
 impl Default for DecisionRule {
     fn default() -> Self {
         Self {
@@ -380,23 +403,9 @@ impl Manifest {
             output.heatmap.is_none_or(|h| h.index != output.index),
             "output.heatmap.index: is the same tensor as the scores; give another index".into(),
         );
-        let rule = &self.decision;
-        check(
-            rule.threshold > 0.0 && rule.threshold < 1.0,
-            format!(
-                "decision.threshold: {} is out of range; expected above 0 and below 1",
-                rule.threshold
-            ),
-        );
-        check(
-            rule.indeterminate.is_none_or(|[low, high]| {
-                0.0 <= low && low <= rule.threshold && rule.threshold <= high && high <= 1.0
-            }),
-            format!(
-                "decision.indeterminate: {:?} does not hold the threshold; expected [low, high] around it",
-                rule.indeterminate
-            ),
-        );
+        for line in self.decision.problems() {
+            check(false, line);
+        }
         check(
             (0.0..=1.0).contains(&self.golden.tolerance),
             format!(

@@ -10,7 +10,9 @@ use serde_json::Value;
 
 use crate::imaging::decode::{DecodeNote, SourceKind};
 use crate::imaging::quality::{Quality, QualityFlag};
-use crate::prediction::{Classified, Decision, Prediction, RejectReason, Roi, Timings};
+use crate::prediction::{
+    Classified, Decision, Prediction, RejectReason, Roi, RuleInForce, RuleOwner, Timings,
+};
 use crate::scan::{Pseudonym, PseudonymKey, ScanId};
 
 /// In every payload that speaks of an image.
@@ -207,8 +209,9 @@ pub struct ResultMessage<'a> {
     pub probability: Option<f64>,
     /// Probability of each label.
     pub scores: Option<BTreeMap<&'a str, f64>>,
-    /// At or above this the decision is positive.
-    pub threshold: f64,
+    /// The rule in force.
+    #[serde(flatten)]
+    pub rule: RuleMessage,
     /// `positive`, `negative` or `indeterminate`; null when rejected.
     pub decision: Option<Decision>,
     /// The decision in words.
@@ -223,10 +226,31 @@ pub struct ResultMessage<'a> {
     pub quality: Option<QualityMessage<'a>>,
     /// How long it took.
     pub timings_ms: Option<Timings>,
-    /// Whether an earlier run of the daemon had begun this scan and died, or the scan was queued again.
+    /// Whether an earlier run of the daemon had begun this scan and died.
     pub replayed: bool,
     /// [`NOTICE`].
     pub notice: &'static str,
+}
+
+/// The rule by which decisions are made, as keys of a payload.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct RuleMessage {
+    /// At or above this the decision is positive, unless it is indeterminate.
+    pub threshold: f64,
+    /// From (included) and to (excluded) which probability the decision is indeterminate.
+    pub indeterminate: Option<[f64; 2]>,
+    /// Whose rule it is.
+    pub decision_rule: RuleOwner,
+}
+
+impl From<RuleInForce> for RuleMessage {
+    fn from(RuleInForce { rule, owner }: RuleInForce) -> Self {
+        Self {
+            threshold: rule.threshold,
+            indeterminate: rule.indeterminate,
+            decision_rule: owner,
+        }
+    }
 }
 
 /// What was measured on a picture; every measure from 0 to 1.
@@ -299,8 +323,9 @@ pub struct AlertMessage<'a> {
     pub top_scan_id: Option<ScanId>,
     /// The positive pictures with the highest probabilities, at most 32.
     pub positive_scans: &'a [PositivePicture],
-    /// At or above this a picture is positive.
-    pub threshold: f64,
+    /// The rule in force.
+    #[serde(flatten)]
+    pub rule: RuleMessage,
     /// The model.
     pub model: &'a ModelRef,
     /// The alert in words.
@@ -733,8 +758,8 @@ pub struct Reporter {
     pub model: Arc<ModelRef>,
     /// Its labels.
     pub labels: Vec<String>,
-    /// At or above this a picture is positive.
-    pub threshold: f64,
+    /// The rule in force.
+    pub rule: RuleInForce,
 }
 
 impl Reporter {
@@ -787,7 +812,7 @@ impl Reporter {
             label: prediction.map(|p| self.labels[p.label].as_str()),
             probability: prediction.map(|p| p.probability),
             scores: prediction.map(|p| scores_by_label(&self.labels, &p.scores)),
-            threshold: self.threshold,
+            rule: self.rule.into(),
             decision: prediction.map(|p| p.decision),
             statement: prediction.map(|p| p.decision.statement()),
             rejected: rejected.map(Reason::from),
@@ -819,7 +844,7 @@ impl Reporter {
             max_probability: study.max_probability,
             top_scan_id: study.top_scan,
             positive_scans: &study.positive_pictures,
-            threshold: self.threshold,
+            rule: self.rule.into(),
             model: &self.model,
             statement: Decision::Positive.statement(),
             notice: NOTICE,

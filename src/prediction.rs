@@ -147,6 +147,38 @@ impl Decision {
     }
 }
 
+/// Whose rule decides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RuleOwner {
+    /// The model's, as its manifest has it.
+    Model,
+    /// The appliance's: its configuration sets the threshold, the band, or both.
+    Appliance,
+}
+
+/// The rule in force: the model's, or what the appliance's configuration makes of it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RuleInForce {
+    /// The rule.
+    pub rule: DecisionRule,
+    /// Whose it is.
+    pub owner: RuleOwner,
+}
+
+impl std::fmt::Display for RuleInForce {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "threshold {}", self.rule.threshold)?;
+        if let Some([low, high]) = self.rule.indeterminate {
+            write!(f, ", indeterminate from {low} to {high}")?;
+        }
+        match self.owner {
+            RuleOwner::Model => Ok(()),
+            RuleOwner::Appliance => f.write_str(" (by [decision], not the model's own)"),
+        }
+    }
+}
+
 /// What the model said about one picture.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prediction {
@@ -156,7 +188,7 @@ pub struct Prediction {
     pub label: usize,
     /// Sum of the positive labels' probabilities, 0-1.
     pub probability: f64,
-    /// The decision by the manifest's rule.
+    /// The decision by the rule in force.
     pub decision: Decision,
     /// Class activation map, when the model has one.
     pub heatmap: Option<Heatmap>,
@@ -169,7 +201,8 @@ pub struct Heatmap {
     pub width: usize,
     /// Cells down.
     pub height: usize,
-    /// Row by row, log-odds contributions; comparable within one picture only.
+    /// Row by row, log-odds for a positive label: above 0 speaks for it, below 0 against. What they add up to is the model's affair; the
+    /// shipped one's mean is its logit.
     pub cells: Vec<f32>,
 }
 

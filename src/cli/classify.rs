@@ -7,13 +7,17 @@ use std::sync::Arc;
 
 use clap::Args;
 use serde::Serialize;
+use serde_json::{Value, json};
 
 use super::{Failure, Global};
 use crate::classifier::{Bundle, BundleError, Classifier};
 use crate::config::Config;
 use crate::imaging::Picture;
-use crate::imaging::decode::Source;
-use crate::message::{self, ClassifiedPicture, ModelRef, QualityMessage, Reason, scores_by_label};
+use crate::imaging::decode::{Limits, Source};
+use crate::imaging::heatmap::{Peak, SCALE};
+use crate::message::{
+    self, ClassifiedPicture, ModelRef, QualityMessage, Reason, RuleMessage, scores_by_label,
+};
 use crate::pipeline::worker::decode_limits;
 use crate::prediction::{Decision, RejectCode, RejectReason, Roi, Timings};
 
@@ -25,6 +29,14 @@ pub(super) struct ClassifyArgs {
     /// Model bundle; default: model.bundle of the configuration
     #[arg(long, value_name = "DIR")]
     bundle: Option<PathBuf>,
+    /// Also draw where the score came from: a PNG for one picture, or into a folder that is there
+    ///
+    /// The crop at its own resolution (at most 1024 pixels a side) under the model's activation map: vermilion speaks for a positive
+    /// label, blue against it, the more the stronger, full at 16 of log-odds. The scale is the same in every picture, so a negative does
+    /// not glow. It is where the score came from, no outline of anything. Into a folder, a picture is named after its file (and frame):
+    /// NAME.heatmap.png.
+    #[arg(long, value_name = "PNG|DIR")]
+    heatmap: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -50,7 +62,8 @@ struct Line<'a> {
     frame: Option<u32>,
     decision: Option<Decision>,
     probability: Option<f64>,
-    threshold: f64,
+    #[serde(flatten)]
+    rule: RuleMessage,
     label: Option<&'a str>,
     scores: Option<BTreeMap<&'a str, f64>>,
     roi: Option<Roi>,
@@ -59,6 +72,22 @@ struct Line<'a> {
     model: &'a ModelRef,
     timings_ms: Option<Timings>,
     error: Option<Reason>,
+    /// Only where it was asked for; null where there is no prediction.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    heatmap: Option<Value>,
+}
+
+/// A map that was drawn.
+#[derive(Serialize)]
+struct Drawn {
+    /// Where the picture was written to.
+    file: String,
+    columns: usize,
+    rows: usize,
+    /// The strongest cell: its centre in the source picture and its value; null in a map without numbers.
+    peak: Option<Peak>,
+    /// The value, for or against, at which the colour is full.
+    scale: f32,
 }
 
 fn load(global: &Global, bundle: Option<&PathBuf>) -> Result<(Config, Classifier), Failure> {
@@ -74,11 +103,23 @@ pub(super) fn classify(global: &Global, args: &ClassifyArgs) -> Result<(), Failu
     let bundle = classifier.bundle().clone();
     let limits = decode_limits(&config);
     let labels = &bundle.manifest.output.labels;
+    let rule = RuleMessage::from(*classifier.rule());
+    let target = match &args.heatmap {
+        None => None,
+        Some(_) if bundle.manifest.output.heatmap.is_none() => {
+            let line = "model.bundle: this model gives no activation map; leave --heatmap out";
+            return Err(Failure::Runtime(line.into()));
+        }
+        Some(path) => Some(HeatmapTarget::new(path, &args.files)?),
+    };
     let mut failed = false;
     let mut out = std::io::stdout().lock();
     for file in &args.files {
-        let classified = read_file(file, config.limits.file_bytes)
-            .and_then(|bytes| classifier.classify_file(&bytes, &limits));
+        let bytes = read_file(file, config.limits.file_bytes);
+        let classified = bytes
+            .as_ref()
+            .map_err(Clone::clone)
+            .and_then(|bytes| classifier.classify_file(bytes, &limits));
         let (notes, pictures) = match classified {
             Ok(found) => (found.notes, found.pictures),
             Err(reason) => {
@@ -92,6 +133,14 @@ pub(super) fn classify(global: &Global, args: &ClassifyArgs) -> Result<(), Failu
                 )
             }
         };
+        let maps = match (&target, &bytes) {
+            (Some(target), Ok(bytes)) => {
+                target.draw(file, bytes, &pictures, &classifier, &limits)?
+            }
+            (Some(_), Err(_)) => vec![Value::Null],
+            (None, _) => Vec::new(),
+        };
+        let mut maps = maps.into_iter();
         for ClassifiedPicture { frame, outcome } in &pictures {
             failed |= outcome.is_err();
             let found = outcome.as_ref().ok();
@@ -101,7 +150,7 @@ pub(super) fn classify(global: &Global, args: &ClassifyArgs) -> Result<(), Failu
                 frame: *frame,
                 decision: prediction.map(|p| p.decision),
                 probability: prediction.map(|p| p.probability),
-                threshold: bundle.manifest.decision.threshold,
+                rule,
                 label: prediction.map(|p| labels[p.label].as_str()),
                 scores: prediction.map(|p| scores_by_label(labels, &p.scores)),
                 roi: found.map(|c| c.roi),
@@ -110,6 +159,7 @@ pub(super) fn classify(global: &Global, args: &ClassifyArgs) -> Result<(), Failu
                 model: &bundle.model_ref,
                 timings_ms: found.map(|c| c.timings),
                 error: outcome.as_ref().err().map(Reason::from),
+                heatmap: maps.next(),
             };
             let json =
                 serde_json::to_string(&line).expect("a line holds only strings, numbers and lists");
@@ -118,6 +168,99 @@ pub(super) fn classify(global: &Global, args: &ClassifyArgs) -> Result<(), Failu
         }
     }
     if failed { Err(Failure::Said) } else { Ok(()) }
+}
+
+/// Where the maps are drawn to.
+enum HeatmapTarget<'a> {
+    /// The only picture's.
+    File(&'a Path),
+    /// Named after the files.
+    Folder(&'a Path),
+}
+
+impl<'a> HeatmapTarget<'a> {
+    fn new(path: &'a Path, files: &[PathBuf]) -> Result<Self, Failure> {
+        let refused = |line: String| Err(Failure::Runtime(format!("--heatmap: {line}")));
+        if path.is_dir() {
+            let mut names: Vec<_> = files.iter().filter_map(|file| file.file_name()).collect();
+            names.sort_unstable();
+            return match names.windows(2).find(|pair| pair[0] == pair[1]) {
+                None => Ok(Self::Folder(path)),
+                Some(pair) => refused(format!(
+                    "two FILEs are named {}; draw them one at a time",
+                    pair[0].display()
+                )),
+            };
+        }
+        if files.len() > 1 {
+            return refused(format!(
+                "{} is one picture for {} FILEs; give a folder that is there",
+                path.display(),
+                files.len()
+            ));
+        }
+        if let (Ok(target), Ok(file)) = (path.canonicalize(), files[0].canonicalize())
+            && target == file
+        {
+            return refused(format!(
+                "{} is FILE itself; give another name",
+                path.display()
+            ));
+        }
+        Ok(Self::File(path))
+    }
+
+    /// Draws the map of each picture of a file that has a prediction; what is said of each of them, in their order.
+    fn draw(
+        &self,
+        file: &Path,
+        bytes: &[u8],
+        pictures: &[ClassifiedPicture],
+        classifier: &Classifier,
+        limits: &Limits,
+    ) -> Result<Vec<Value>, Failure> {
+        if matches!(self, Self::File(_)) && pictures.len() > 1 {
+            let (file, frames) = (file.display(), pictures.len());
+            return Err(Failure::Runtime(format!(
+                "--heatmap: {file} has {frames} frames; give a folder that is there"
+            )));
+        }
+        // Decoded once more: a file's pictures are classified one at a time, and none is kept.
+        let mut source = Source::open(bytes, limits).ok();
+        let mut drawn = Vec::with_capacity(pictures.len());
+        for (index, ClassifiedPicture { frame, outcome }) in (0..).zip(pictures) {
+            let picture = source.as_mut().and_then(|s| s.frame(index).ok());
+            let (Ok(found), Some(picture)) = (outcome, picture) else {
+                drawn.push(Value::Null);
+                continue;
+            };
+            let Some((image, peak)) = classifier.overlay(&picture, found) else {
+                drawn.push(Value::Null);
+                continue;
+            };
+            let out = match self {
+                Self::File(path) => path.to_path_buf(),
+                Self::Folder(folder) => {
+                    let mut name = file.file_name().unwrap_or_default().to_owned();
+                    if let Some(frame) = frame {
+                        name.push(format!(".{frame}"));
+                    }
+                    name.push(".heatmap.png");
+                    folder.join(name)
+                }
+            };
+            save(&Picture::Rgb(image), &out, "--heatmap")?;
+            let map = found.prediction.heatmap.as_ref();
+            drawn.push(json!(Drawn {
+                file: out.display().to_string(),
+                columns: map.map_or(0, |map| map.width),
+                rows: map.map_or(0, |map| map.height),
+                peak,
+                scale: SCALE,
+            }));
+        }
+        Ok(drawn)
+    }
 }
 
 fn read_file(file: &Path, limit: u64) -> Result<Vec<u8>, RejectReason> {
@@ -165,13 +308,14 @@ pub(super) fn preprocess(global: &Global, args: &PreprocessArgs) -> Result<(), F
             let line = "model.bundle: this model takes pictures uncropped; leave --explain out";
             return Err(Failure::Runtime(line.into()));
         };
-        return save(&Picture::Rgb(steps), &args.out);
+        return save(&Picture::Rgb(steps), &args.out, "--out");
     }
     let seen = classifier.preprocess(&picture).map_err(rejected)?;
-    save(&seen, &args.out)
+    save(&seen, &args.out, "--out")
 }
 
-fn save(picture: &Picture, out: &Path) -> Result<(), Failure> {
+/// Writes a picture; `option` is what named the place.
+fn save(picture: &Picture, out: &Path, option: &str) -> Result<(), Failure> {
     let png = image::ImageFormat::Png;
     let saved = match picture {
         Picture::Gray(image) => image.save_with_format(out, png),
@@ -180,7 +324,7 @@ fn save(picture: &Picture, out: &Path) -> Result<(), Failure> {
     saved.map_err(|e| {
         let out = out.display();
         Failure::Runtime(format!(
-            "{out}: cannot be written ({e}); choose another --out"
+            "{out}: cannot be written ({e}); choose another {option}"
         ))
     })
 }

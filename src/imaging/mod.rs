@@ -7,6 +7,7 @@
 pub mod decode;
 pub mod dicom;
 pub mod explain;
+pub mod heatmap;
 pub mod quality;
 pub mod quantize;
 pub mod resize;

@@ -46,6 +46,26 @@ pub struct ResizeSpec {
     pub keep_aspect: bool,
 }
 
+impl ResizeSpec {
+    /// Where in the result a picture of this size lies, whose sides are at least 1: everywhere, or centred between black.
+    pub fn place(&self, width: u32, height: u32) -> Roi {
+        let size = (self.width.max(1), self.height.max(1));
+        let (width, height) = if self.keep_aspect {
+            let wide = |(width, height): (u32, u32)| (width as usize, height as usize);
+            let (width, height) = fit(wide((width, height)), wide(size));
+            (width as u32, height as u32)
+        } else {
+            size
+        };
+        Roi {
+            x: (size.0 - width) / 2,
+            y: (size.1 - height) / 2,
+            width,
+            height,
+        }
+    }
+}
+
 /// Cuts a rectangle out of a picture and resizes it. Keeps its buffers and the last result.
 #[derive(Debug, Clone)]
 pub struct Resizer {
@@ -166,25 +186,21 @@ impl Resizer {
             height: roi.height as usize,
             channels,
         };
-        let fitted = if self.spec.keep_aspect {
-            fit((source.width, source.height), size)
-        } else {
-            size
-        };
+        let place = self.spec.place(roi.width.max(1), roi.height.max(1));
         let pixels: &mut [u8] = match &mut self.result {
             Picture::Gray(image) => image,
             Picture::Rgb(image) => image,
         };
-        if fitted != size {
+        if (place.width as usize, place.height as usize) != size {
             pixels.fill(0);
         }
         let target = Target {
             data: pixels,
             stride: size.0 * channels,
-            x: (size.0 - fitted.0) / 2,
-            y: (size.1 - fitted.1) / 2,
-            width: fitted.0,
-            height: fitted.1,
+            x: place.x as usize,
+            y: place.y as usize,
+            width: place.width as usize,
+            height: place.height as usize,
             channels,
         };
         if source.width > 0 && source.height > 0 {

@@ -3,9 +3,11 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::support::{Appliance, Mosquitto, bundle, free_port, slices};
+use crate::support::{
+    Appliance, FOUR_LABELS, Mosquitto, bundle, free_port, plain, png, slices, toy_bundle,
+};
 
 fn run(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_scansentry"))
@@ -66,6 +68,317 @@ fn classify_prints_a_line_a_file_and_fails_if_one_does() {
         .collect();
     assert_eq!(codes, ["-", "not_an_image", "unreadable"]);
     assert!(lines[1]["probability"].is_null() && lines[1]["decision"].is_null());
+}
+
+/// The lines of `classify`.
+#[track_caller]
+fn classified(arguments: &[&str]) -> Vec<Value> {
+    let output = run(&[&["classify"], arguments].concat());
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect()
+}
+
+fn near(found: &Value, expected: f64) -> bool {
+    (found.as_f64().unwrap() - expected).abs() < 0.02
+}
+
+#[test]
+fn several_positive_labels_are_added_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("white.png");
+    std::fs::write(&file, plain(255)).unwrap();
+    for model in ["float32-four-labels", "int8-four-labels"] {
+        let bundle = toy_bundle(folder.path(), model, 28, FOUR_LABELS);
+        let arguments = ["--bundle", bundle.to_str().unwrap(), file.to_str().unwrap()];
+        let line = classified(&arguments).remove(0);
+        // None of the three is the most probable label, together they are.
+        assert_eq!(
+            (&line["label"], &line["decision"]),
+            (&json!("none"), &json!("positive"))
+        );
+        assert!(near(&line["probability"], 0.6), "{line}");
+        let scores = line["scores"].as_object().unwrap();
+        assert_eq!(scores.len(), 4);
+        for (label, score) in [
+            ("glioma", 0.2),
+            ("meningioma", 0.3),
+            ("none", 0.4),
+            ("pituitary", 0.1),
+        ] {
+            assert!(near(&scores[label], score), "{model}: {line}");
+        }
+        assert!(line.get("heatmap").is_none(), "not asked for");
+        assert_eq!(
+            (
+                &line["threshold"],
+                &line["indeterminate"],
+                &line["decision_rule"]
+            ),
+            (&json!(0.5), &Value::Null, &json!("model"))
+        );
+    }
+}
+
+#[test]
+fn the_configuration_stands_above_the_models_rule_and_nonsense_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let rest = format!("{FOUR_LABELS}[decision]\nindeterminate = [0.3, 0.55]\n");
+    let model = toy_bundle(folder.path(), "float32-four-labels", 28, &rest);
+    let file = folder.path().join("grey.png");
+    // A sum of about 0.38.
+    std::fs::write(&file, plain(128)).unwrap();
+    for (decision, expected, rule) in [
+        ("", "indeterminate", json!([0.5, [0.3, 0.55], "model"])),
+        (
+            "indeterminate = 'off'",
+            "negative",
+            json!([0.5, null, "appliance"]),
+        ),
+        (
+            "threshold = 0.35\nindeterminate = 'off'",
+            "positive",
+            json!([0.35, null, "appliance"]),
+        ),
+        (
+            "threshold = 0.4",
+            "indeterminate",
+            json!([0.4, [0.3, 0.55], "appliance"]),
+        ),
+        (
+            "indeterminate = [0.45, 0.6]",
+            "negative",
+            json!([0.5, [0.45, 0.6], "appliance"]),
+        ),
+    ] {
+        let mut appliance =
+            Appliance::with("mqtt://127.0.0.1:1", &format!("[decision]\n{decision}"));
+        appliance.set("SCANSENTRY__MODEL__BUNDLE", model.to_str().unwrap());
+        let output = appliance
+            .command(&["classify", file.to_str().unwrap()])
+            .output()
+            .unwrap();
+        let line: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(line["decision"], expected, "{decision}");
+        let found = json!([
+            line["threshold"],
+            line["indeterminate"],
+            line["decision_rule"]
+        ]);
+        assert_eq!(found, rule, "{decision}");
+        let check = appliance.command(&["check", "--offline"]).output().unwrap();
+        let text = String::from_utf8_lossy(&check.stdout).into_owned();
+        assert_eq!(check.status.code(), Some(0), "{}", stderr(&check));
+        assert_eq!(
+            text.contains("by [decision], not the model's own"),
+            line["decision_rule"] == "appliance",
+            "{text}"
+        );
+    }
+    for (decision, line) in [
+        (
+            "threshold = 1.5",
+            "decision.threshold: 1.5 is out of range; expected above 0 and below 1",
+        ),
+        (
+            "indeterminate = [0.6, 0.7]",
+            "decision.indeterminate: [0.6, 0.7] does not hold the threshold 0.5; expected [low, high] around it, from 0 to 1",
+        ),
+        (
+            "threshold = 0.6",
+            "decision.indeterminate: [0.3, 0.55] does not hold the threshold 0.6; expected [low, high] around it, from 0 to 1; the band is \
+             the model's own, so set decision.indeterminate too, or \"off\"",
+        ),
+    ] {
+        let mut appliance =
+            Appliance::with("mqtt://127.0.0.1:1", &format!("[decision]\n{decision}"));
+        appliance.set("SCANSENTRY__MODEL__BUNDLE", model.to_str().unwrap());
+        for verb in [
+            &["check", "--offline"][..],
+            &["run"],
+            &["classify", file.to_str().unwrap()],
+        ] {
+            let output = appliance.command(verb).output().unwrap();
+            assert_eq!(output.status.code(), Some(78), "{verb:?}");
+            assert_eq!(stderr(&output), format!("{line}\n"), "{verb:?}");
+        }
+    }
+}
+
+#[test]
+fn heatmap_draws_where_the_score_came_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (spot, black, out) = (path("spot.png"), path("black.png"), path("out.png"));
+    // Of 84x56 pixels, the cell of 6x4 at the ninth column and the fourth row of 14.
+    let bright = |x: u32, y: u32| (48..54).contains(&x) && (12..16).contains(&y);
+    std::fs::write(&spot, png(|x, y| if bright(x, y) { 255 } else { 128 })).unwrap();
+    std::fs::write(&black, plain(0)).unwrap();
+    let pixel = |x, y| image::open(&out).unwrap().to_rgb8().get_pixel(x, y).0;
+    let channel = "activation = 'sigmoid'\nindex = 1\nlabels = ['no', 'yes']\npositive = ['yes']\nheatmap.index = 0\n";
+    for (model, side, output, cells) in [
+        ("float32-four-labels", 28, FOUR_LABELS, 14),
+        ("int8-four-labels", 28, FOUR_LABELS, 14),
+        ("uint8-two-outputs", 4, channel, 2),
+    ] {
+        let bundle = toy_bundle(folder.path(), model, side, output);
+        let bundle = bundle.to_str().unwrap();
+        let line = classified(&["--bundle", bundle, &spot, "--heatmap", &out]).remove(0);
+        let found = &line["heatmap"];
+        assert_eq!(
+            (&found["rows"], &found["columns"]),
+            (&json!(cells), &json!(cells)),
+            "{model}"
+        );
+        assert_eq!(
+            (&found["file"], &found["scale"]),
+            (&json!(out), &json!(16.0))
+        );
+        let drawn = image::open(&out).unwrap();
+        assert_eq!(
+            (drawn.width(), drawn.height()),
+            (84, 56),
+            "the crop at its own resolution"
+        );
+        if cells == 14 {
+            assert_eq!(
+                (&found["peak"]["x"], &found["peak"]["y"]),
+                (&json!(51), &json!(14)),
+                "{model}"
+            );
+            let value = found["peak"]["value"].as_f64().unwrap();
+            assert!((value - 7.94).abs() < 0.1, "{value}");
+            let [red, _, blue] = pixel(50, 13);
+            assert!(red > blue, "speaks for: red {red}, blue {blue}");
+            assert!(
+                pixel(10, 40).iter().all(|level| level.abs_diff(128) <= 2),
+                "speaks for nothing"
+            );
+            // All against: blue, however little else there is to compare with.
+            let line = classified(&["--bundle", bundle, &black, "--heatmap", &out]).remove(0);
+            assert!((line["heatmap"]["peak"]["value"].as_f64().unwrap() + 8.0).abs() < 0.1);
+            assert!(
+                pixel(50, 13)[2] > 40 && pixel(50, 13)[0] == 0,
+                "{:?}",
+                pixel(50, 13)
+            );
+        } else {
+            // Of four cells, the one with the spot.
+            assert_eq!(
+                (&found["peak"]["x"], &found["peak"]["y"]),
+                (&json!(63), &json!(14)),
+                "{found}"
+            );
+        }
+    }
+
+    // The shipped model, which sees a crop.
+    let head = path("head");
+    std::fs::write(&head, &slices(2)[1]).unwrap();
+    let shipped = bundle();
+    let line = classified(&[
+        "--bundle",
+        shipped.to_str().unwrap(),
+        &head,
+        "--heatmap",
+        &out,
+    ])
+    .remove(0);
+    let (roi, peak) = (&line["roi"], &line["heatmap"]["peak"]);
+    let drawn = image::open(&out).unwrap();
+    assert_eq!(
+        (&json!(drawn.width()), &json!(drawn.height())),
+        (&roi["width"], &roi["height"])
+    );
+    for (place, start, length) in [("x", "x", "width"), ("y", "y", "height")] {
+        let start = roi[start].as_u64().unwrap();
+        let inside = start..start + roi[length].as_u64().unwrap();
+        assert!(inside.contains(&peak[place].as_u64().unwrap()), "{line}");
+    }
+}
+
+#[test]
+fn heatmaps_of_many_pictures_go_into_a_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let bundle = toy_bundle(folder.path(), "float32-four-labels", 28, FOUR_LABELS);
+    let frames = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/golden/dicom/files/frames.dcm"
+    );
+    let (white, bad, maps) = (path("white.png"), path("bad.png"), path("maps"));
+    std::fs::write(&white, plain(255)).unwrap();
+    std::fs::write(&bad, b"not a png").unwrap();
+    std::fs::create_dir(&maps).unwrap();
+    let base = ["classify", "--bundle", bundle.to_str().unwrap()];
+    let output = run(&[
+        &base[..],
+        &[&white, &bad, "/nowhere.png", frames, "--heatmap", &maps],
+    ]
+    .concat());
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<Value> = text
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(
+        lines[0]["heatmap"]["file"],
+        format!("{maps}/white.png.heatmap.png")
+    );
+    for rejected in &lines[1..3] {
+        assert_eq!(rejected.get("heatmap"), Some(&Value::Null));
+    }
+    assert!(lines.len() > 4, "a file of several frames");
+    for (number, line) in (1..).zip(&lines[3..]) {
+        assert_eq!(line["frame"], number);
+        let file = line["heatmap"]["file"].as_str().unwrap();
+        assert_eq!(file, format!("{maps}/frames.dcm.{number}.heatmap.png"));
+        assert!(image::open(file).is_ok());
+    }
+
+    let no_map = FOUR_LABELS.replace("heatmap.index = 0\n", "");
+    let without = toy_bundle(
+        &folder.path().join("other"),
+        "float32-four-labels",
+        28,
+        &no_map,
+    );
+    let refused = |arguments: &[&str], expected: &str| {
+        let output = run(&[&["classify", "--bundle"], arguments].concat());
+        assert_eq!(output.status.code(), Some(1));
+        assert!(stderr(&output).starts_with(expected), "{}", stderr(&output));
+        assert!(output.stdout.is_empty());
+    };
+    let (with, without, out) = (
+        bundle.to_str().unwrap(),
+        without.to_str().unwrap(),
+        path("out.png"),
+    );
+    refused(
+        &[without, &white, "--heatmap", &out],
+        "model.bundle: this model gives no activation map",
+    );
+    refused(
+        &[with, &white, &bad, "--heatmap", &out],
+        &format!("--heatmap: {out} is one picture for 2 FILEs"),
+    );
+    refused(
+        &[with, &white, &white, "--heatmap", &maps],
+        "--heatmap: two FILEs are named white.png",
+    );
+    refused(
+        &[with, &white, "--heatmap", &white],
+        &format!("--heatmap: {white} is FILE itself"),
+    );
+    refused(&[with, frames, "--heatmap", &out], "--heatmap: ");
+    refused(
+        &[with, &white, "--heatmap", "/nowhere/x.png"],
+        "/nowhere/x.png: cannot be written",
+    );
+    assert!(!Path::new(&out).exists());
 }
 
 #[test]

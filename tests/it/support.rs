@@ -21,6 +21,41 @@ pub fn bundle() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("models/braintumor")
 }
 
+/// A bundle in `folder` of a model of `tests/fixtures/models` with inputs of `side` pixels, which sees whole pictures in raw levels; `output`
+/// and what follows it is the rest of its manifest.
+pub fn toy_bundle(folder: &Path, model: &str, side: u32, output: &str) -> PathBuf {
+    let bundle = folder.join(model);
+    let fixture = format!("tests/fixtures/models/{model}.tflite");
+    let bytes = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(fixture)).unwrap();
+    let hash = scansentry::scan::hex(&scansentry::scan::sha256(&bytes));
+    let manifest = format!(
+        "format = 1\nname = '{model}'\nversion = '1'\nfile = 'model.tflite'\nsha256 = '{hash}'\n\
+         [input]\nwidth = {side}\nheight = {side}\n[preprocess]\ncrop.method = 'none'\nresize.filter = 'area'\n[output]\n{output}"
+    );
+    std::fs::create_dir_all(&bundle).unwrap();
+    std::fs::write(bundle.join("model.tflite"), bytes).unwrap();
+    std::fs::write(bundle.join("manifest.toml"), manifest).unwrap();
+    bundle
+}
+
+/// The outputs of the models with four labels: see `tests/fixtures/models/generate.py`. The whiter the picture, the greater the sum of the
+/// three positive labels, 0.2 to 0.6; the most probable one is always "none".
+pub const FOUR_LABELS: &str = "activation = 'softmax'\nindex = 1\nlabels = ['glioma', 'meningioma', 'none', 'pituitary']\n\
+    positive = ['glioma', 'meningioma', 'pituitary']\nheatmap.index = 0\n";
+
+/// A PNG of one level everywhere.
+pub fn plain(level: u8) -> Vec<u8> {
+    png(|_, _| level)
+}
+
+/// A grey PNG of 84x56 pixels.
+pub fn png(level: impl Fn(u32, u32) -> u8) -> Vec<u8> {
+    let image = image::GrayImage::from_fn(84, 56, |x, y| image::Luma([level(x, y)]));
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    image.write_to(&mut bytes, image::ImageFormat::Png).unwrap();
+    bytes.into_inner()
+}
+
 /// Names and bytes of the files in `folder`, by name; `None` if it is not there.
 pub fn files_in(folder: &Path) -> Option<Vec<(String, Vec<u8>)>> {
     let read = |entry: std::fs::DirEntry| {

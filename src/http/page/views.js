@@ -5,8 +5,8 @@ import { studyPlot, timeChart } from "./charts.js";
 import { acknowledge, ask, listen, live, needsAttention, rowKey, sortedAlerts, sortedAppliances, uploadToken } from "./live.js";
 import { bar, legend, picture } from "./picture.js";
 import {
-  DECISION_NAMES, applianceState, count, decision, decisionWord, flagWord, milliseconds, name, noteWord, probability, remark, shape, shortId,
-  shortWord, stateMark, time, verdict,
+  DECISION_NAMES, applianceState, band, count, decision, decisionWord, flagWord, milliseconds, name, noteWord, ownRule, probability, remark, shape,
+  shortId, shortWord, stateMark, time, verdict,
 } from "./words.js";
 
 const scanLink = (row) => `#/scan/${row.site}/${row.device}/${row.scan_id}`;
@@ -60,7 +60,7 @@ function alertCard(alert, level = 3) {
     h("div", { class: "alert-mark" }, shape("positive")),
     h("div", { class: "alert-text" },
       h(`h${level}`, {}, h("a", { href: studyLink(alert) }, decisionWord("positive")), h("span", { class: "by" }, "by this model")),
-      h("p", {}, h("strong", {}, name(alert)), ` · ${alert.positives} of ${count(alert.images, "picture")} positive · highest probability ${probability(alert.max_probability)} (threshold ${probability(alert.threshold)})`),
+      h("p", {}, h("strong", {}, name(alert)), ` · ${alert.positives} of ${count(alert.images, "picture")} positive · highest probability ${probability(alert.max_probability)} (threshold ${probability(alert.threshold)}${ownRule(alert)})`),
       h("p", { class: "hint" }, "Raised ", time(alert.raised_at), alert.closed ? " · the study is complete" : [" · last change ", time(alert.updated_at)]),
       acknowledged, problem),
     h("div", { class: "alert-act" }, button));
@@ -418,7 +418,7 @@ export function scanView(root, [site, device, id], words) {
           h("p", { class: "hint" }, "This is the part that the model saw, cropped and scaled. The image beyond the crop never leaves the appliance.")),
         h("section", { class: `panel answer ${verdict(row)}`, "aria-labelledby": "answer-title" },
           h("h2", { id: "answer-title" }, decision(row), verdict(row) === "positive" && h("span", { class: "by" }, "by this model")),
-          typeof row.probability === "number" && h("div", { class: "big-bar" }, bar(row), h("p", { class: "hint" }, `Probability against the threshold of ${probability(row.threshold)}: at or above it the decision is positive.`)),
+          typeof row.probability === "number" && h("div", { class: "big-bar" }, bar(row), h("p", { class: "hint" }, `Probability against the threshold of ${probability(row.threshold)}${ownRule(message)}: at or above it the decision is positive${band(message)}.`)),
           remark(row) && h("p", { class: "why" }, row.rejected ? h("code", {}, row.rejected.code) : null, row.rejected ? " " : null, row.rejected || row.misfit ? remark(row) : `Unusual: ${remark(row)}`),
           facts([
             ["Model", `${message.model?.name ?? "?"} ${message.model?.version ?? ""}`],

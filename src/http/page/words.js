@@ -84,6 +84,17 @@ export function probability(value) {
   return typeof value === "number" ? value.toFixed(3) : "–";
 }
 
+// Whose threshold it is, where it is not the model's own.
+export function ownRule(message) {
+  return message.decision_rule === "appliance" ? ", set on the appliance" : "";
+}
+
+// The band without a clear answer, where there is one.
+export function band(message) {
+  const [low, high] = Array.isArray(message.indeterminate) ? message.indeterminate : [];
+  return typeof low === "number" && typeof high === "number" ? `, and from ${probability(low)} up to ${probability(high)} there is no clear answer` : "";
+}
+
 export function milliseconds(value) {
   if (typeof value !== "number") return "–";
   return value < 10 ? `${value.toFixed(1)} ms` : value < 1000 ? `${Math.round(value)} ms` : `${(value / 1000).toFixed(1)} s`;
