@@ -8,7 +8,7 @@
 //! answered at the end; a crash on the way leaves it without an answer, and sending it again does no harm. The same id is answered
 //! again, out of the last 100 answers, and not carried out again.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ const BURST: u32 = 10;
 const REFILL: Duration = Duration::from_secs(6);
 
 /// Scans looked at in one step of a reprocess.
-const PAGE: usize = 500;
+pub const PAGE: usize = 500;
 
 /// The ledger's note that the appliance is paused.
 const PAUSED: &str = "paused";
@@ -218,14 +218,7 @@ impl Commands {
             let folder = self.folder.clone();
             // A share may hang.
             self.turn.stop();
-            let there = tokio::task::spawn_blocking(move || {
-                let is_there = |path: &PathBuf| folder.join(path).symlink_metadata().is_ok();
-                let there = page
-                    .into_iter()
-                    .filter(|(_, paths)| paths.iter().any(is_there));
-                there.map(|(id, _)| id).collect::<Vec<_>>()
-            });
-            let there = there.await;
+            let there = tokio::task::spawn_blocking(move || still_there(&folder, page)).await;
             self.turn.start();
             let there = there.map_err(|e| StoreError::Other(format!("looking for files: {e}")))?;
             found.queued += there.len() as u64;
@@ -243,6 +236,15 @@ impl Commands {
         }
         Ok(found)
     }
+}
+
+/// Those of `scans` of which a file still lies in `folder`. Blocks as long as the folder does not answer.
+pub fn still_there(folder: &Path, scans: Vec<(ScanId, Vec<PathBuf>)>) -> Vec<ScanId> {
+    let is_there = |path: &PathBuf| folder.join(path).symlink_metadata().is_ok();
+    let there = scans
+        .into_iter()
+        .filter(|(_, paths)| paths.iter().any(is_there));
+    there.map(|(id, _)| id).collect()
 }
 
 fn now() -> i64 {
@@ -316,7 +318,11 @@ fn selection(message: &CommandMessage) -> Result<Selection, String> {
             Some(ids)
         }
     };
-    Ok(Selection { since, scan_ids })
+    Ok(Selection {
+        since,
+        scan_ids,
+        ..Selection::default()
+    })
 }
 
 /// So many commands at once, then one every [`REFILL`].

@@ -21,7 +21,20 @@ pub(super) struct LookupArgs {
     scan_id: String,
 }
 
-fn open(global: &Global) -> Result<(Ledger, std::path::PathBuf), Failure> {
+/// What is done with the ledger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Access {
+    /// Nothing is changed.
+    Read,
+    /// Scans are queued again.
+    Queue,
+}
+
+/// The ledger, beside a daemon or without one, and the export folder.
+pub(super) fn open(
+    global: &Global,
+    access: Access,
+) -> Result<(Ledger, std::path::PathBuf), Failure> {
     let config = global.load()?;
     let path = config.state.dir.join(DATABASE);
     if !path.exists() {
@@ -31,7 +44,11 @@ fn open(global: &Global) -> Result<(Ledger, std::path::PathBuf), Failure> {
         );
         return Err(Failure::Runtime(line));
     }
-    let ledger = Ledger::open_read_only(&path).map_err(|e| {
+    let opened = match access {
+        Access::Read => Ledger::open_read_only(&path),
+        Access::Queue => Ledger::open_to_queue(&path),
+    };
+    let ledger = opened.map_err(|e| {
         Failure::Runtime(format!(
             "state.dir: {}: {e}; run as the user of the daemon",
             config.state.dir.display()
@@ -41,16 +58,19 @@ fn open(global: &Global) -> Result<(Ledger, std::path::PathBuf), Failure> {
 }
 
 pub(super) fn status(global: &Global, args: &StatusArgs) -> Result<(), Failure> {
-    let (ledger, _) = open(global)?;
-    let read = |e: crate::store::StoreError| Failure::Runtime(format!("ledger: {e}"));
-    let counts = ledger.counts().map_err(read)?;
-    let rejections = ledger.rejections().map_err(read)?;
+    let (ledger, _) = open(global, Access::Read)?;
+    let counts = ledger.counts()?;
+    let rejections = ledger.rejections()?;
+    let queued = ledger.queued()?;
     if args.json {
         let by_reason: serde_json::Map<_, _> = rejections
             .into_iter()
             .map(|(code, count)| (code, json!(count)))
             .collect();
-        println!("{}", json!({ "counts": counts, "rejections": by_reason }));
+        println!(
+            "{}",
+            json!({ "counts": counts, "rejections": by_reason, "queued_again": queued })
+        );
         return Ok(());
     }
     println!(
@@ -62,6 +82,9 @@ pub(super) fn status(global: &Global, args: &StatusArgs) -> Result<(), Failure> 
         println!("  {code:<20} {count:>3}");
     }
     println!("skipped        {:>10}", counts.skipped);
+    if queued > 0 {
+        println!("queued again   {queued:>10}   their outcomes stand until there are new ones");
+    }
     println!(
         "delivered      {:>10}   messages acknowledged by the broker",
         counts.delivered
@@ -82,10 +105,8 @@ pub(super) fn lookup(global: &Global, args: &LookupArgs) -> Result<(), Failure> 
         .scan_id
         .parse()
         .map_err(|e| Failure::Runtime(format!("scan id: {e}")))?;
-    let (ledger, folder) = open(global)?;
-    let found = ledger
-        .lookup(scan_id)
-        .map_err(|e| Failure::Runtime(format!("ledger: {e}")))?;
+    let (ledger, folder) = open(global, Access::Read)?;
+    let found = ledger.lookup(scan_id)?;
     let Some((paths, outcome)) = found else {
         return Err(Failure::Runtime(format!(
             "scan id: {scan_id} is not in this ledger; ask the appliance that published it"

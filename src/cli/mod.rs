@@ -1,5 +1,6 @@
 //! The command line: arguments, verbs, exit codes.
 
+mod again;
 mod check;
 mod classify;
 mod dashboard;
@@ -16,6 +17,7 @@ use std::time::Duration;
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 use crate::config::{self, Config};
+use crate::store::StoreError;
 
 /// Exit code for a configuration or model that cannot be used; systemd does not restart on it (`EX_CONFIG` of sysexits.h).
 const EX_CONFIG: u8 = 78;
@@ -59,6 +61,11 @@ enum Verb {
     Simulate(simulate::SimulateArgs),
     /// Counts, backlog and rejections of this appliance
     Status(ledger::StatusArgs),
+    /// Classify past scans again, for a new model or rule: results with the next revision and their own event ids
+    Reprocess(again::ReprocessArgs),
+    /// Rejected files on this appliance
+    #[command(subcommand)]
+    Quarantine(again::QuarantineVerb),
     /// From a pseudonymous id back to the files on this appliance
     Lookup(ledger::LookupArgs),
 }
@@ -77,6 +84,12 @@ enum Failure {
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
         Self::Runtime(format!("{error:#}"))
+    }
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Self::Runtime(format!("state.dir: {error}; try again"))
     }
 }
 
@@ -99,6 +112,8 @@ pub fn main() -> ExitCode {
         Verb::Demo(args) => demo::demo(&args),
         Verb::Simulate(args) => simulate::simulate(&args),
         Verb::Status(args) => ledger::status(global, &args),
+        Verb::Reprocess(args) => again::reprocess(global, &args),
+        Verb::Quarantine(verb) => again::quarantine(global, &verb),
         Verb::Lookup(args) => ledger::lookup(global, &args),
     };
     match done {

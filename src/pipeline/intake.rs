@@ -27,7 +27,7 @@ use crate::config::Config;
 use crate::health::{Condition, Health};
 use crate::progress::Stopwatch;
 use crate::scan::{ScanFile, Stamp};
-use crate::store::{Store, free_bytes};
+use crate::store::{Ledger, Store, free_bytes};
 use crate::watch::{self, Hint};
 
 /// Files that may be settling at the same time.
@@ -36,7 +36,7 @@ const SETTLING: usize = 4096;
 /// Sub-folders that may wait for a walk of their own before a walk of everything takes their place.
 const SUBFOLDERS: usize = 64;
 
-/// How often room on the disk and in the outbox is looked at.
+/// How often room on the disk and in the outbox is looked at, and whether another process has queued something.
 const ROOM_CHECK: Duration = Duration::from_secs(1);
 
 /// When a new sub-folder is walked for the second time.
@@ -253,6 +253,7 @@ impl Intake {
                 _ = room_check.tick() => {
                     self.check_deadlines()?;
                     self.check_room().await;
+                    self.check_ledger().await;
                 }
                 () = tokio::time::sleep_until(self.paused_until), if self.paused_until > Instant::now() => {}
                 () = sleep_until_some(self.walks.next_full) => {
@@ -569,6 +570,13 @@ impl Intake {
             }
         }
         Ok(())
+    }
+
+    /// Walks when another process has queued scans again.
+    async fn check_ledger(&mut self) {
+        let written = self.store.call(Ledger::written_elsewhere).await;
+        // A ledger that cannot be asked is noticed where it matters; the next walk finds what was queued in any case.
+        self.walks.full_due |= written.unwrap_or(false);
     }
 
     /// Stops the flow while there is no room for outcomes, and starts it again.

@@ -433,6 +433,7 @@ fn outcome_of(examined: &Examined, group: StudyGroup) -> NewOutcome {
         scan_id: examined.scan_id,
         outcome: outcome_word(top.is_some(), reason),
         reason: reason.map(|r| r.code.as_str()),
+        message: reason.map(|r| r.message.clone()),
         decision: decision.map(Decision::as_str),
         probability: top.map(|c| c.prediction.probability),
         group,

@@ -7,13 +7,14 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension as _, params};
 use super::StoreError;
 use crate::config::AlertRule;
 use crate::message::{AlertChange, Counts, OutboxMessage, PositivePicture, StudyState};
+use crate::prediction::{Decision, RejectCode};
 use crate::scan::{Pseudonym, ScanFile, ScanId, Stamp, path_bytes, path_from_bytes};
 
 /// Format of the database, in `PRAGMA user_version`: as many as there are steps.
 const FORMAT: i64 = STEPS.len() as i64;
 
 /// Each step brings a database from one format to the next; a new one takes all of them.
-const STEPS: [&str; 2] = [FORMAT_1, FORMAT_2];
+const STEPS: [&str; 3] = [FORMAT_1, FORMAT_2, FORMAT_3];
 
 /// Positive pictures kept by name for each study: those with the highest probabilities.
 const POSITIVES: usize = 32;
@@ -106,6 +107,11 @@ CREATE TABLE answer (                       -- to the latest commands
 CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 ";
 
+/// What a rejection said.
+const FORMAT_3: &str = "
+ALTER TABLE scan ADD COLUMN message TEXT;                         -- one line beside the reject code; NULL from before this format
+";
+
 /// What a worker may do with a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Claim {
@@ -134,6 +140,8 @@ pub struct NewOutcome {
     pub outcome: &'static str,
     /// The reject code.
     pub reason: Option<&'static str>,
+    /// The line beside it.
+    pub message: Option<String>,
     /// The decision; for several frames the gravest.
     pub decision: Option<&'static str>,
     /// The probability; for several frames the highest.
@@ -215,8 +223,33 @@ struct Counted {
 pub struct Selection {
     /// Those whose outcome was first recorded then or later, seconds since 1970.
     pub since: Option<i64>,
+    /// Those whose outcome was first recorded before then, seconds since 1970.
+    pub until: Option<i64>,
+    /// Those with this decision.
+    pub decision: Option<Decision>,
+    /// Rejected ones only.
+    pub rejected: bool,
+    /// Those with this reject code.
+    pub code: Option<RejectCode>,
     /// Those with these ids.
     pub scan_ids: Option<Vec<ScanId>>,
+}
+
+/// A rejected scan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rejected {
+    /// Which.
+    pub scan_id: ScanId,
+    /// The reject code.
+    pub code: String,
+    /// The line beside it; `None` where it was rejected by an earlier version.
+    pub message: Option<String>,
+    /// When it was last worked on, seconds since 1970.
+    pub at: i64,
+    /// Whether it is to be looked at again.
+    pub again: bool,
+    /// Where it was seen, below the export folder; empty when the files are gone or hold something else by now.
+    pub places: Vec<PathBuf>,
 }
 
 /// How a scan finds its study.
@@ -238,6 +271,8 @@ pub struct Ledger {
     outbox: u64,
     suspects: bool,
     damaged: bool,
+    /// `PRAGMA data_version`: another number when another process has written.
+    data_version: i64,
 }
 
 type Result<T> = std::result::Result<T, StoreError>;
@@ -281,6 +316,7 @@ impl Ledger {
             |row| row.get(0),
         )?;
         let outbox = conn.query_row("SELECT count(*) FROM outbox", [], |row| row.get(0))?;
+        let data_version = data_version(&conn)?;
         let suspects = conn.query_row(
             "SELECT EXISTS (SELECT 1 FROM scan WHERE (done_at IS NULL OR again = 1) AND attempts > 0)",
             [],
@@ -292,16 +328,23 @@ impl Ledger {
             outbox,
             suspects,
             damaged: false,
+            data_version,
         })
     }
 
     /// Opens an existing database for reading, beside a running daemon. No session begins.
     pub fn open_read_only(path: &Path) -> Result<Self> {
-        let conn = Connection::open_with_flags(
-            path,
-            OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX,
-        )?;
-        conn.busy_timeout(std::time::Duration::from_secs(2))?;
+        Self::open_beside(path, OpenFlags::SQLITE_OPEN_READ_ONLY)
+    }
+
+    /// Opens an existing database to queue scans again, whether a daemon runs on it or not. No session begins.
+    pub fn open_to_queue(path: &Path) -> Result<Self> {
+        Self::open_beside(path, OpenFlags::SQLITE_OPEN_READ_WRITE)
+    }
+
+    fn open_beside(path: &Path, access: OpenFlags) -> Result<Self> {
+        let conn = Connection::open_with_flags(path, access | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
+        conn.busy_timeout(std::time::Duration::from_secs(10))?;
         let found: i64 = conn.query_row("PRAGMA user_version", [], |row| row.get(0))?;
         if found < FORMAT {
             return Err(StoreError::Other(format!(
@@ -321,12 +364,19 @@ impl Ledger {
             outbox,
             suspects: false,
             damaged: false,
+            data_version: 0,
         })
     }
 
     /// Whether an earlier run died with files in work: one of them may be the cause.
     pub fn suspects(&self) -> bool {
         self.suspects
+    }
+
+    /// Whether another process has written since this was last asked.
+    pub fn written_elsewhere(&mut self) -> Result<bool> {
+        let before = std::mem::replace(&mut self.data_version, data_version(&self.conn)?);
+        Ok(self.data_version != before)
     }
 
     /// Whether a call has met damage. The database is not to be used any more then.
@@ -565,7 +615,7 @@ impl Ledger {
         self.conn
             .prepare_cached(
                 "UPDATE scan SET done_at = coalesce(done_at, ?2), outcome = ?3, reason = ?4, decision = ?5, probability = ?6,
-                   revision = ?7, again = 0, study_id = ?8, images = ?9, positives = ?10, rejected = ?11 WHERE scan_id = ?1",
+                   revision = ?7, again = 0, study_id = ?8, images = ?9, positives = ?10, rejected = ?11, message = ?12 WHERE scan_id = ?1",
             )?
             .execute(params![
                 &new.scan_id.0[..],
@@ -578,7 +628,8 @@ impl Ledger {
                 &study_id.0[..],
                 share.images,
                 share.positives,
-                share.rejected
+                share.rejected,
+                new.message
             ])?;
         if counted.replaced {
             self.find_top_again(study_id, new.scan_id)?;
@@ -850,31 +901,37 @@ impl Ledger {
         after: Option<ScanId>,
         limit: usize,
     ) -> Result<Vec<(ScanId, Vec<PathBuf>)>> {
-        let since = selection.since.unwrap_or(i64::MIN);
+        let which = params![
+            selection.since.unwrap_or(i64::MIN),
+            selection.until.unwrap_or(i64::MAX),
+            selection.decision.map(Decision::as_str),
+            selection.rejected,
+            selection.code.map(RejectCode::as_str),
+        ];
         let after = after.map_or_else(Vec::new, |id| id.0.to_vec());
         let ids: Vec<Pseudonym> = if let Some(ids) = &selection.scan_ids {
             let mut ids: Vec<_> = ids.iter().filter(|id| id.0[..] > after[..]).collect();
             ids.sort_unstable();
             ids.dedup();
-            let mut known = self.conn.prepare_cached(
-                "SELECT EXISTS (SELECT 1 FROM scan WHERE scan_id = ?1 AND done_at >= ?2)",
-            )?;
+            let mut known = self.conn.prepare_cached(&format!(
+                "SELECT EXISTS (SELECT 1 FROM scan WHERE {SELECTED} AND scan_id = ?6)"
+            ))?;
             let mut found = Vec::new();
             for id in ids {
-                if found.len() < limit
-                    && known.query_row(params![&id.0[..], since], |row| row.get(0))?
-                {
+                let id_bytes = &id.0[..];
+                let values = [which, params![id_bytes]].concat();
+                if found.len() < limit && known.query_row(&values[..], |row| row.get(0))? {
                     found.push(*id);
                 }
             }
             found
         } else {
-            let mut select = self.conn.prepare_cached(
-                "SELECT scan_id FROM scan WHERE scan_id > ?1 AND done_at >= ?2 ORDER BY scan_id LIMIT ?3",
-            )?;
-            let rows = select.query_map(params![after, since, limit as i64], |row| {
-                Ok(Pseudonym(row.get(0)?))
-            })?;
+            let mut select = self.conn.prepare_cached(&format!(
+                "SELECT scan_id FROM scan WHERE {SELECTED} AND scan_id > ?6 ORDER BY scan_id LIMIT ?7"
+            ))?;
+            let limit = limit as i64;
+            let values = [which, params![after, limit]].concat();
+            let rows = select.query_map(&values[..], |row| Ok(Pseudonym(row.get(0)?)))?;
             rows.collect::<std::result::Result<_, _>>()?
         };
         ids.into_iter()
@@ -891,6 +948,45 @@ impl Ledger {
             mark.execute([&id.0[..]])?;
         }
         Ok(())
+    }
+
+    /// As [`Ledger::reprocess`], from beside the thread that owns the database: in a transaction of its own.
+    pub fn queue(&mut self, ids: &[ScanId]) -> Result<()> {
+        self.begin()?;
+        let marked = self.in_savepoint(|ledger| ledger.reprocess(ids));
+        self.commit()?;
+        marked
+    }
+
+    /// How many scans are to be classified again: those whose files hold something else by now are not, those whose files left the folder
+    /// after they were marked are, until they are forgotten.
+    pub fn queued(&self) -> Result<u64> {
+        let count = "SELECT count(*) FROM scan s WHERE again = 1 AND EXISTS (SELECT 1 FROM file f WHERE f.scan_id = s.scan_id)";
+        Ok(self.conn.query_row(count, [], |row| row.get(0))?)
+    }
+
+    /// The rejected scans, the latest first.
+    pub fn rejected(&self) -> Result<Vec<Rejected>> {
+        let mut select = self.conn.prepare_cached(
+            "SELECT scan_id, coalesce(reason, ''), message, claimed_at, again FROM scan
+             WHERE outcome = 'rejected' ORDER BY claimed_at DESC, scan_id",
+        )?;
+        let rows = select.query_map([], |row| {
+            Ok(Rejected {
+                scan_id: Pseudonym(row.get(0)?),
+                code: row.get(1)?,
+                message: row.get(2)?,
+                at: row.get(3)?,
+                again: row.get(4)?,
+                places: Vec::new(),
+            })
+        })?;
+        let mut rejected: Vec<_> = rows.collect::<std::result::Result<_, _>>()?;
+        for scan in &mut rejected {
+            scan.places = self.places(scan.scan_id)?;
+            scan.again &= !scan.places.is_empty();
+        }
+        Ok(rejected)
     }
 
     /// The answer that the command with this id has been given.
@@ -1110,6 +1206,10 @@ impl Ledger {
     }
 }
 
+/// What a [`Selection`] asks of a scan, with its values as the first five.
+const SELECTED: &str = "done_at >= ?1 AND done_at < ?2 AND (?3 IS NULL OR decision = ?3) AND (NOT ?4 OR outcome = 'rejected')
+  AND (?5 IS NULL OR reason = ?5)";
+
 const STUDY_COLUMNS: &str = "SELECT study_id, opened_at, last_at, images, positives, rejected, max_probability, top_scan, alert_revision,
   open, alert_open, alert_positives, closings FROM study";
 
@@ -1130,6 +1230,10 @@ fn study_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<StudyState> {
         closings: row.get(12)?,
         positive_pictures: Vec::new(),
     })
+}
+
+fn data_version(conn: &Connection) -> Result<i64> {
+    Ok(conn.query_row("PRAGMA data_version", [], |row| row.get(0))?)
 }
 
 /// Reads every page once if the last run did not close the database in order. The cost grows with the ledger, so an orderly

@@ -18,7 +18,8 @@
 //! - The `file` table is only a shortcut (path and stamp → scan); deleting it costs hashing, never a result.
 //!
 //! One thread owns the database ([`Store`]); every call is a closure over [`Ledger`] that runs there. All calls that wait at
-//! the same time share one transaction and one `fsync`, and each gets its answer only after the commit.
+//! the same time share one transaction and one `fsync`, and each gets its answer only after the commit. Another process may read, and may
+//! mark scans to be classified again ([`Ledger::queue`]): a transaction of its own, which the owner notices ([`Ledger::written_elsewhere`]).
 
 mod history;
 mod ledger;
@@ -31,7 +32,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::sync::oneshot;
 
 pub use history::{Changes, History, HistoryReader, Retention};
-pub use ledger::{Claim, Ledger, NewOutcome, PictureOutcome, Recorded, Selection, StudyGroup};
+pub use ledger::{
+    Claim, Ledger, NewOutcome, PictureOutcome, Recorded, Rejected, Selection, StudyGroup,
+};
 use state_dir::{Lock, lock};
 pub use state_dir::{StateDir, free_bytes};
 

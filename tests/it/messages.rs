@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 
 use crate::contract;
 use crate::support::{
-    Appliance, Arrived, Mosquitto, Subscriber, assert_no_double_outcome, pause, slices, wait_for,
+    Appliance, Arrived, FOUR_LABELS, Mosquitto, Subscriber, assert_no_double_outcome, pause, plain,
+    slices, toy_bundle, wait_for,
 };
 
 const BASE: &str = "scansentry/radiology/mri-1";
@@ -594,6 +595,373 @@ fn a_kill_in_the_middle_of_a_reprocess_loses_and_doubles_nothing() {
     assert!(again().iter().all(|r| r["revision"] == 2));
     assert_no_double_outcome(&again());
     assert_eq!(on.appliance.status()["counts"]["classified"], count);
+}
+
+/// An appliance with a model of four labels, whose manifest has a band, and a white, a grey and a black picture: sums of 0.6, 0.38 and 0.2.
+fn with_four_labels(broker: &Mosquitto) -> Appliance {
+    let mut appliance = Appliance::with(&broker.url(), "[alert]\nquiet_s = 600\nupdate_s = 1");
+    let rest = format!("{FOUR_LABELS}[decision]\nindeterminate = [0.3, 0.55]\n");
+    let bundle = toy_bundle(appliance.folder.path(), "int8-four-labels", 28, &rest);
+    appliance.set("SCANSENTRY__MODEL__BUNDLE", bundle.to_str().unwrap());
+    appliance.start();
+    for (name, level) in [("white.png", 255), ("grey.png", 128), ("black.png", 0)] {
+        appliance.rename_in(name, &plain(level));
+    }
+    appliance
+}
+
+/// Decisions by probability, highest first, of the results with this revision.
+fn decisions(results: &[Value], revision: u64) -> Vec<String> {
+    let mut results: Vec<_> = results
+        .iter()
+        .filter(|r| r["revision"] == revision)
+        .collect();
+    let key = |r: &Value| r["probability"].as_f64().unwrap();
+    results.sort_by(|a, b| key(b).total_cmp(&key(a)));
+    let words = results
+        .iter()
+        .map(|r| r["decision"].as_str().unwrap().to_owned());
+    words.collect()
+}
+
+/// Runs a verb that has to succeed; what it prints with `--json`.
+#[track_caller]
+fn verb(appliance: &Appliance, arguments: &[&str]) -> Value {
+    let output = appliance
+        .command(&[arguments, &["--json"]].concat())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{arguments:?}: {said}");
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn queued(queued: u64, gone: u64) -> Value {
+    json!({ "queued": queued, "gone": gone, "unknown": 0 })
+}
+
+#[test]
+fn results_and_alerts_say_whose_rule_decided() {
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let mut appliance = with_four_labels(&broker);
+    let results = subscriber.wait_for_scans(3);
+    assert_eq!(
+        decisions(&results, 1),
+        ["positive", "indeterminate", "negative"]
+    );
+    for result in &results {
+        assert_eq!(result["label"], "none");
+        assert_eq!(result["scores"].as_object().unwrap().len(), 4);
+        let positive =
+            ["glioma", "meningioma", "pituitary"].map(|l| result["scores"][l].as_f64().unwrap());
+        let sum: f64 = positive.iter().sum();
+        assert!((sum - result["probability"].as_f64().unwrap()).abs() < 1e-6);
+    }
+    wait_for("the alert", || !subscriber.of_kind("alert").is_empty());
+    let rule = |message: &Value| {
+        json!([
+            message["threshold"],
+            message["indeterminate"],
+            message["decision_rule"]
+        ])
+    };
+    let models = json!([0.5, [0.3, 0.55], "model"]);
+    let alert = subscriber.of_kind("alert")[0].json();
+    assert!(results.iter().chain([&alert]).all(|m| rule(m) == models));
+
+    // The appliance's own rule, with the next start, for what comes and for what is done again.
+    assert_eq!(appliance.stop(), Some(0));
+    appliance.set("SCANSENTRY__DECISION__THRESHOLD", "0.35");
+    appliance.set("SCANSENTRY__DECISION__INDETERMINATE", "off");
+    appliance.start();
+    assert!(
+        appliance.log().contains("threshold 0.35 (by [decision]"),
+        "{}",
+        appliance.log()
+    );
+    assert_eq!(verb(&appliance, &["reprocess", "--all"]), queued(3, 0));
+    let again = || decisions(&subscriber.results(), 2);
+    wait_for("the new outcomes", || again().len() == 3);
+    assert_eq!(again(), ["positive", "positive", "negative"]);
+    let ours = json!([0.35, null, "appliance"]);
+    let results = subscriber.results();
+    assert!(
+        results
+            .iter()
+            .filter(|r| r["revision"] == 2)
+            .all(|r| rule(r) == ours)
+    );
+    wait_for("the alert to say so", || {
+        let alerts = subscriber.of_kind("alert");
+        alerts
+            .iter()
+            .map(Arrived::json)
+            .any(|a| a["positives"] == 2 && rule(&a) == ours)
+    });
+}
+
+#[test]
+fn reprocess_works_beside_the_daemon_and_without_it() {
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    // The next walk by itself is far away: the daemon has to notice.
+    let mut appliance = with_four_labels(&broker);
+    appliance.rename_in("letter.txt", b"Dear colleague");
+    appliance.rename_in("gone.png", &plain(64));
+    subscriber.wait_for_scans(5);
+    std::fs::remove_file(appliance.export().join("gone.png")).unwrap();
+    let of = |revision: u64| {
+        let results = subscriber.results();
+        results
+            .into_iter()
+            .filter(|r| r["revision"] == revision)
+            .collect::<Vec<_>>()
+    };
+    let settled = |appliance: &Appliance| {
+        wait_for("quiet", || {
+            let status = appliance.status();
+            status["queued_again"] == 0 && status["counts"]["outbox"] == 0
+        });
+        let mut counts = appliance.status()["counts"].clone();
+        counts["delivered"].take();
+        counts
+    };
+    let counts = settled(&appliance);
+
+    let dry = ["reprocess", "--all", "--dry-run"];
+    assert_eq!(verb(&appliance, &dry), queued(4, 1));
+    for (selection, count) in [
+        (&["--decision", "positive"][..], 1),
+        (&["--decision", "indeterminate"], 1),
+        (&["--rejected"], 1),
+        (
+            &["--since", "2001-01-01", "--until", "2999-01-01T00:00:00Z"],
+            4,
+        ),
+        (&["--since", "2999-01-01T12:00"], 0),
+        (&["--until", "2001-01-01"], 0),
+    ] {
+        let arguments = [&["reprocess", "--dry-run"], selection].concat();
+        assert_eq!(
+            verb(&appliance, &arguments)["queued"],
+            count,
+            "{selection:?}"
+        );
+    }
+    assert_eq!(appliance.status()["queued_again"], 0);
+    assert_eq!(verb(&appliance, &["reprocess", "--all"]), queued(4, 1));
+    wait_for("the new outcomes", || of(2).len() == 4);
+    assert_eq!(settled(&appliance), counts, "nothing is counted twice");
+    let (first, second) = (of(1), of(2));
+    for result in &second {
+        let before = first
+            .iter()
+            .find(|r| r["scan_id"] == result["scan_id"])
+            .unwrap();
+        assert_ne!(before["event_id"], result["event_id"]);
+        assert_eq!(before["study_id"], result["study_id"]);
+    }
+
+    // Without the daemon it is remembered, twice said or not, and the outcomes stand until then.
+    assert_eq!(appliance.stop(), Some(0));
+    for _ in 0..2 {
+        assert_eq!(verb(&appliance, &["reprocess", "--rejected"]), queued(1, 0));
+    }
+    let status = appliance.status();
+    assert_eq!(
+        (&status["queued_again"], &status["counts"]["rejected"]),
+        (&json!(1), &json!(1))
+    );
+    appliance.start();
+    wait_for("its outcome", || of(3).len() == 1);
+    assert_eq!(settled(&appliance), counts);
+    assert_eq!(of(3)[0]["rejected"]["code"], "not_an_image");
+
+    // Without the folder nothing can be said about its files, so nothing is queued.
+    let aside = appliance.folder.path().join("aside");
+    std::fs::rename(appliance.export(), &aside).unwrap();
+    let output = appliance.command(&["reprocess", "--all"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).starts_with("watch.folder: "));
+    assert_eq!(appliance.status()["queued_again"], 0);
+    for wrong in [
+        &["reprocess"][..],
+        &["reprocess", "--all", "--rejected"],
+        &["reprocess", "--since", "yesterday"],
+        &["reprocess", "--decision", "maybe"],
+        &["quarantine", "retry"],
+        &["quarantine", "retry", "--code", "odd"],
+        &["quarantine", "retry", "xyz"],
+    ] {
+        assert_eq!(
+            appliance.command(wrong).output().unwrap().status.code(),
+            Some(2),
+            "{wrong:?}"
+        );
+    }
+}
+
+#[test]
+fn reprocess_beside_a_daemon_that_is_killed_loses_and_doubles_nothing() {
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let mut appliance = Appliance::new(&broker.url());
+    // A kill by this test looks like a file that kills the process.
+    appliance.set("SCANSENTRY__PIPELINE__ATTEMPTS", "10");
+    appliance.start();
+    let count = 16;
+    for (number, slice) in slices(count).iter().enumerate() {
+        appliance.rename_in(&format!("{number}.png"), slice);
+    }
+    subscriber.wait_for_scans(count);
+    // Said three times while the daemon works on what was said before, and is killed on the way.
+    for _ in 0..3 {
+        let said = verb(&appliance, &["reprocess", "--all"]);
+        assert_eq!(said, queued(count as u64, 0));
+        pause(Duration::from_millis(100));
+        appliance.kill();
+        appliance.start();
+    }
+    wait_for("all of it", || {
+        let status = appliance.status();
+        status["queued_again"] == 0 && status["counts"]["outbox"] == 0
+    });
+    assert_eq!(appliance.status()["counts"]["classified"], count);
+    let results = subscriber.results();
+    let mut revisions = std::collections::BTreeMap::<_, std::collections::BTreeSet<_>>::new();
+    for result in &results {
+        let revision = result["revision"].as_u64().unwrap();
+        revisions
+            .entry(result["scan_id"].to_string())
+            .or_default()
+            .insert(revision);
+    }
+    assert_eq!(revisions.len(), count);
+    for seen in revisions.values() {
+        let last = seen.len() as u64;
+        assert!(
+            (2..=4).contains(&last),
+            "done again at least once: {seen:?}"
+        );
+        assert!(
+            seen.iter().copied().eq(1..=last),
+            "none is missing: {seen:?}"
+        );
+    }
+    // The same scan and revision is the same message.
+    for revision in 1..=4 {
+        let of: Vec<_> = results
+            .iter()
+            .filter(|r| r["revision"] == revision)
+            .cloned()
+            .collect();
+        assert_no_double_outcome(&of);
+    }
+}
+
+#[test]
+fn quarantine_lists_what_was_rejected_and_tries_it_again() {
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let mut appliance = Appliance::with(&broker.url(), "");
+    appliance.set("SCANSENTRY__LIMITS__PIXELS", "4096");
+    appliance.start();
+    let slices = slices(3);
+    appliance.rename_in("large.png", &slices[0]);
+    appliance.rename_in("letter.txt", b"Dear colleague");
+    appliance.rename_in("note.txt", b"Dear nobody");
+    subscriber.wait_for_scans(3);
+    let list = |appliance: &Appliance| -> Vec<Value> {
+        let output = appliance
+            .command(&["quarantine", "list", "--json"])
+            .output()
+            .unwrap();
+        assert!(output.status.success());
+        let text = String::from_utf8(output.stdout).unwrap();
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    };
+    let rejected = list(&appliance);
+    assert_eq!(rejected.len(), 3);
+    for result in subscriber.results() {
+        let line = rejected
+            .iter()
+            .find(|r| r["scan_id"] == result["scan_id"])
+            .unwrap();
+        assert_eq!(line["code"], result["rejected"]["code"]);
+        assert_eq!(line["message"], result["rejected"]["message"]);
+        assert_eq!(line["queued"], false);
+    }
+    let find = |name: &str| {
+        let path = appliance.export().join(name).display().to_string();
+        let line = rejected.iter().find(|r| r["files"] == json!([path]));
+        line.unwrap_or_else(|| panic!("{name}: {rejected:?}"))
+            .clone()
+    };
+    let (large, letter, note) = (find("large.png"), find("letter.txt"), find("note.txt"));
+    assert_eq!(large["code"], "too_many_pixels");
+    let id = |line: &Value| line["scan_id"].as_str().unwrap().to_owned();
+    let text = appliance
+        .command(&["quarantine", "list"])
+        .output()
+        .unwrap()
+        .stdout;
+    let text = String::from_utf8(text).unwrap();
+    for word in [
+        &id(&letter),
+        "not_an_image",
+        "too_many_pixels",
+        "letter.txt",
+    ] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+
+    // After the fix, by its code.
+    assert_eq!(appliance.stop(), Some(0));
+    appliance.set("SCANSENTRY__LIMITS__PIXELS", "1000000");
+    let retry = ["quarantine", "retry", "--code", "too_many_pixels"];
+    assert_eq!(
+        verb(&appliance, &[&retry[..], &["--dry-run"]].concat()),
+        queued(1, 0)
+    );
+    assert_eq!(verb(&appliance, &retry), queued(1, 0));
+    assert!(
+        list(&appliance)
+            .iter()
+            .any(|r| r["queued"] == true && r["scan_id"] == large["scan_id"])
+    );
+    appliance.start();
+    let again = |line: &Value, outcome: &str| {
+        let results = subscriber.results();
+        results.iter().any(|r| {
+            r["scan_id"] == line["scan_id"] && r["revision"] == 2 && r["outcome"] == outcome
+        })
+    };
+    wait_for("the prediction", || again(&large, "classified"));
+    assert_eq!(list(&appliance).len(), 2);
+    assert_eq!(appliance.status()["counts"]["rejected"], 2);
+
+    // By ids, beside the daemon; those that are not rejected are not known here.
+    let ids = ["quarantine", "retry", &id(&letter), &id(&large), "--json"];
+    let output = appliance.command(&ids).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let said: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(said, json!({ "queued": 1, "gone": 0, "unknown": 1 }));
+    wait_for("the letter again", || again(&letter, "rejected"));
+
+    // One that is gone is listed without a place and left out.
+    std::fs::remove_file(appliance.export().join("note.txt")).unwrap();
+    assert_eq!(
+        verb(&appliance, &["quarantine", "retry", &id(&note)]),
+        queued(0, 1)
+    );
+    assert_eq!(
+        verb(&appliance, &["quarantine", "retry", "--all"]),
+        queued(1, 1)
+    );
+    assert!(!appliance.log().contains("letter.txt"));
 }
 
 #[test]

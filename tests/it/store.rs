@@ -6,10 +6,11 @@ use std::path::Path;
 use proptest::prelude::*;
 use scansentry::config::AlertRule;
 use scansentry::message::{AlertChange, Counts, OutboxMessage, PositivePicture};
+use scansentry::prediction::{Decision, RejectCode};
 use scansentry::scan::{Pseudonym, ScanFile, Stamp};
 use scansentry::store::{
-    Claim, DATABASE, Ledger, NewOutcome, Opened, PictureOutcome, StateDir, Store, StoreError,
-    StudyGroup,
+    Claim, DATABASE, Ledger, NewOutcome, Opened, PictureOutcome, Selection, StateDir, Store,
+    StoreError, StudyGroup,
 };
 
 const ATTEMPTS: u32 = 3;
@@ -39,6 +40,7 @@ fn outcome(number: u8) -> NewOutcome {
         scan_id: id(number),
         outcome: "classified",
         reason: None,
+        message: None,
         decision: Some("positive"),
         probability: Some(0.9),
         group: StudyGroup {
@@ -566,6 +568,135 @@ fn a_scan_that_is_classified_again_replaces_its_outcome_and_is_counted_once() {
     running.claim(1);
     let said = running.record_of(outcome_of(1, 0.8, false), 500, FIRST);
     assert_eq!(said, (Some(AlertChange::Raised), 3, 2, 4, 3));
+}
+
+#[test]
+fn another_process_queues_scans_again_while_the_owner_works() {
+    let running = Running::new();
+    let scans = 40;
+    for number in 1..=scans {
+        running.claim(number);
+        assert!(running.record(number));
+    }
+    let elsewhere = || {
+        running
+            .store()
+            .call_blocking(Ledger::written_elsewhere)
+            .unwrap()
+    };
+    assert!(!elsewhere(), "what the owner writes does not count");
+    let path = running.folder.path().join(DATABASE);
+    let mut other = Ledger::open_to_queue(&path).unwrap();
+    other.queue(&[id(1), id(99)]).unwrap();
+    assert_eq!(other.queued().unwrap(), 1);
+    assert!(elsewhere() && !elsewhere(), "noticed once");
+
+    // Both at the same time: each mark that is taken up ends in one new outcome, none is lost.
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut other = Ledger::open_to_queue(&path).unwrap();
+            for _ in 0..20 {
+                other
+                    .queue(&(1..=scans).map(id).collect::<Vec<_>>())
+                    .unwrap();
+            }
+        });
+        for _ in 0..5 {
+            for number in 1..=scans {
+                if matches!(running.claim(number), Claim::Run { .. }) {
+                    assert!(running.record(number));
+                }
+            }
+        }
+    });
+    for number in 1..=scans {
+        if matches!(running.claim(number), Claim::Run { .. }) {
+            assert!(running.record(number));
+        }
+        assert_eq!(running.claim(number), Claim::Known);
+    }
+    assert_eq!(other.queued().unwrap(), 0);
+    let counts = running.store().call_blocking(|l| l.counts()).unwrap();
+    assert_eq!(
+        (counts.classified, counts.positive),
+        (u64::from(scans), u64::from(scans))
+    );
+}
+
+#[test]
+fn a_selection_takes_what_meets_all_of_it() {
+    let running = Running::new();
+    for (number, now) in [(1, 100), (2, 200), (3, 300)] {
+        running.claim(number);
+        running.record_of(
+            outcome_of(number, f64::from(number) / 4.0, true),
+            now,
+            FIRST,
+        );
+    }
+    running.claim(4);
+    let mut bad = outcome(4);
+    bad.outcome = "rejected";
+    bad.reason = Some("blank");
+    bad.message = Some("no pixel is bright".into());
+    (bad.decision, bad.probability) = (None, None);
+    bad.pictures[0].probability = None;
+    bad.pictures[0].positive = false;
+    running.record_of(bad, 400, FIRST);
+    let selected = |selection: Selection| -> Vec<u8> {
+        let page = running
+            .store()
+            .call_blocking(move |l| l.selected(&selection, None, 10));
+        page.unwrap().into_iter().map(|(id, _)| id.0[0]).collect()
+    };
+    let all = Selection::default;
+    assert_eq!(selected(all()), [1, 2, 3, 4]);
+    let times = Selection {
+        since: Some(200),
+        until: Some(400),
+        ..all()
+    };
+    assert_eq!(selected(times.clone()), [2, 3]);
+    let decision = Some(Decision::Negative);
+    assert_eq!(selected(Selection { decision, ..all() }), [1]);
+    assert_eq!(selected(Selection { decision, ..times }), Vec::<u8>::new());
+    assert_eq!(
+        selected(Selection {
+            rejected: true,
+            ..all()
+        }),
+        [4]
+    );
+    let code = |code| Selection {
+        code: Some(code),
+        ..all()
+    };
+    assert_eq!(selected(code(RejectCode::Blank)), [4]);
+    assert_eq!(selected(code(RejectCode::Empty)), Vec::<u8>::new());
+    let scan_ids = Some(vec![id(4), id(1), id(77)]);
+    assert_eq!(
+        selected(Selection {
+            scan_ids: scan_ids.clone(),
+            ..all()
+        }),
+        [1, 4]
+    );
+    assert_eq!(
+        selected(Selection {
+            scan_ids,
+            rejected: true,
+            ..all()
+        }),
+        [4]
+    );
+
+    let rejected = running.store().call_blocking(|l| l.rejected()).unwrap();
+    let [bad] = &rejected[..] else {
+        panic!("{rejected:?}")
+    };
+    assert_eq!((bad.scan_id, bad.code.as_str()), (id(4), "blank"));
+    assert_eq!(bad.message.as_deref(), Some("no pixel is bright"));
+    assert_eq!(bad.places, [Path::new("4")]);
 }
 
 #[test]
