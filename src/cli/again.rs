@@ -1,6 +1,8 @@
 //! `reprocess` and `quarantine`: past scans are classified again. The ledger is marked, whether the daemon runs or not; its owner finds the
 //! files by a walk, at once where it runs and at its start otherwise. What is marked stays so until there is a new outcome.
 
+use std::io::Write as _;
+
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{ArgGroup, Args, Subcommand};
 use serde::de::{DeserializeOwned, IntoDeserializer as _, value::Error};
@@ -119,6 +121,8 @@ pub(super) fn quarantine(global: &Global, verb: &QuarantineVerb) -> Result<(), F
 
 fn list(global: &Global, json: bool) -> Result<(), Failure> {
     let (ledger, folder) = open(global, Access::Read)?;
+    let mut out = std::io::stdout().lock();
+    let unsaid = |e: std::io::Error| Failure::Runtime(format!("standard output: {e}"));
     for scan in ledger.rejected()? {
         let at = rfc3339_seconds(scan.at);
         let files: Vec<_> = scan
@@ -130,22 +134,17 @@ fn list(global: &Global, json: bool) -> Result<(), Failure> {
             let line = json!({
                 "scan_id": scan.scan_id, "code": scan.code, "message": scan.message, "at": at, "queued": scan.again, "files": files,
             });
-            println!("{line}");
+            writeln!(out, "{line}").map_err(unsaid)?;
             continue;
         }
         let queued = if scan.again { " (queued again)" } else { "" };
-        println!(
-            "{} {at} {:<16} {}{queued}",
-            scan.scan_id,
-            scan.code,
-            scan.message.unwrap_or_default()
-        );
-        for file in &files {
-            println!("    {file}");
-        }
-        if files.is_empty() {
-            println!("    the file has gone or holds something else by now");
-        }
+        let (id, code) = (scan.scan_id, scan.code);
+        let message = scan.message.unwrap_or_default();
+        let files = match &files[..] {
+            [] => "the file has gone or holds something else by now".to_owned(),
+            files => files.join("\n    "),
+        };
+        writeln!(out, "{id} {at} {code:<16} {message}{queued}\n    {files}").map_err(unsaid)?;
     }
     Ok(())
 }

@@ -213,4 +213,20 @@ describe("the dashboard", { timeout: 600_000 }, () => {
     await page.locator("#theme").click();
     await page.close();
   });
+
+  test("a scan says when the appliance has put its own rule in the place of the model's", async () => {
+    const row = (await stage.results()).find((r) => typeof r.probability === "number");
+    const answer = await (await fetch(`${stage.url}/api/scan/radiology/mri-1/${row.scan_id}`)).json();
+    const { message } = answer.frames[0];
+    assert.equal(message.decision_rule, "model");
+    const id = "5".repeat(32);
+    const changed = { ...message, scan_id: id, event_id: id, threshold: 0.4, indeterminate: [0.3, 0.6], decision_rule: "appliance" };
+    stage.publish("scansentry/radiology/mri-1/result", JSON.stringify(changed));
+    await waitFor("the result", async () => (await (await fetch(`${stage.url}/api/scan/radiology/mri-1/${id}`)).json()).frames?.length);
+    const page = await stage.page(`#/scan/radiology/mri-1/${id}`);
+    await page.getByText("threshold of 0.400, set on the appliance: at or above it the decision is positive, and from 0.300 up to 0.600 there is no clear answer.").waitFor();
+    await page.goto(`${stage.url}/#/scan/radiology/mri-1/${row.scan_id}`);
+    await page.getByText(`threshold of ${message.threshold.toFixed(3)}: at or above it the decision is positive`).waitFor();
+    await page.close();
+  });
 });
