@@ -66,7 +66,7 @@ pub(super) struct RetryArgs {
     /// The `scan_id` of rejected files
     #[arg(value_name = "ID")]
     ids: Vec<ScanId>,
-    /// Those rejected with this code, such as unreadable
+    /// Those rejected with this code, such as `too_many_pixels`
     #[arg(long, value_parser = word::<RejectCode>)]
     code: Option<RejectCode>,
     /// All rejected files

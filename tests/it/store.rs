@@ -865,6 +865,42 @@ fn a_ledger_of_format_1_is_brought_up_to_date() {
 }
 
 #[test]
+fn a_rejection_of_format_2_has_no_message_until_it_is_made_again() {
+    let running = Running::new();
+    let mut bad = outcome(1);
+    bad.outcome = "rejected";
+    bad.reason = Some("blank");
+    (bad.decision, bad.probability) = (None, None);
+    bad.pictures[0].probability = None;
+    bad.pictures[0].positive = false;
+    bad.message = Some("no pixel is bright".into());
+    running.claim(1);
+    running.record_of(bad.clone(), 100, FIRST);
+    let again = running.crash();
+    let folder = again.folder;
+    drop(again.opened.store);
+    again.opened.thread.join().unwrap();
+    let sqlite = rusqlite::Connection::open(folder.path().join(DATABASE)).unwrap();
+    sqlite
+        .execute_batch("ALTER TABLE scan DROP COLUMN message; PRAGMA user_version = 2;")
+        .unwrap();
+    drop(sqlite);
+    let opened = Store::open(folder.path()).unwrap();
+    assert_eq!(opened.set_aside, None);
+    let running = Running { folder, opened };
+    let message = || {
+        let rejected = running.store().call_blocking(|l| l.rejected()).unwrap();
+        assert_eq!((rejected.len(), rejected[0].code.as_str()), (1, "blank"));
+        rejected[0].message.clone()
+    };
+    assert_eq!(message(), None);
+    running.reprocess(1);
+    running.claim(1);
+    running.record_of(bad, 110, FIRST);
+    assert_eq!(message().as_deref(), Some("no pixel is bright"));
+}
+
+#[test]
 fn answers_and_notes_are_remembered_within_bounds() {
     let running = Running::new();
     let answer = |n: u8| {
