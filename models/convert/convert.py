@@ -181,6 +181,7 @@ def convert(args: argparse.Namespace) -> None:
             say("skipped", line)
         if len(pictures.skipped) > 20:
             say("skipped", f"and {len(pictures.skipped) - 20} more")
+        pictures.expect_enough()
     kind = source.kind
     if wrapped:
         file = model

@@ -54,7 +54,7 @@ class Pictures:
             )
         except OSError as error:
             raise Refused(f"images: {folder}: cannot be read ({error.strerror}); give a folder of images") from error
-        self.total = len(files)
+        self.folder, self.total = folder, len(files)
         self.levels: list[np.ndarray] = []
         """uint8 [height, width, channels] each."""
         self.truth: list[bool | None] = []
@@ -71,9 +71,12 @@ class Pictures:
                 self.skipped.append(f"{place}: {error}")
             else:
                 self.truth.append(truth(place, output["labels"], output["positive"]))
+
+    def expect_enough(self) -> None:
+        """Refuses a folder from which nothing can be learned."""
         if len(self.levels) < MIN_IMAGES:
             raise Refused(
-                f"images: {folder}: {len(self.levels)} readable images of {self.total} files; expected at least {MIN_IMAGES}, "
+                f"images: {self.folder}: {len(self.levels)} readable images of {self.total} files; expected at least {MIN_IMAGES}, "
                 "better 100 or more, like those that the model will see"
             )
 
@@ -86,9 +89,12 @@ class Pictures:
 
 def seen(file: Path, manifest: dict) -> np.ndarray:
     """What the model sees of a file: uint8 [height, width, channels]. ValueError says why the daemon would not classify it."""
-    with file.open("rb") as opened:
-        if not opened.read(8).startswith(MAGIC):
-            raise ValueError("no JPEG, PNG, BMP or TIFF")
+    try:
+        with file.open("rb") as opened:
+            if not opened.read(8).startswith(MAGIC):
+                raise ValueError("no JPEG, PNG, BMP or TIFF")
+    except OSError as error:
+        raise ValueError(error.strerror) from error
     try:
         bgr = cv2.imread(str(file))
     except cv2.error as error:

@@ -164,6 +164,8 @@ def keras_file(path: Path, suffix: str, config: dict) -> Source:
     if len(inputs) != 1:
         raise Refused(f"model: {path}: has {len(inputs)} inputs; only models with one image input can be used")
     kind = f"Keras {'HDF5 ' if suffix == 'h5' else ''}file, read by {reader}"
+    if whole_precision(model):
+        kind += ", its half precision made whole"
     return Source(
         kind,
         call=lambda image: tf.nest.flatten(model(image, training=False)),
@@ -171,6 +173,17 @@ def keras_file(path: Path, suffix: str, config: dict) -> Source:
         shape=image_shape(path, inputs[0].shape),
         layers=layers,
     )
+
+
+def whole_precision(model: object) -> bool:
+    """Lets layers that were trained in mixed precision work with float32, as their weights are; True if there were any."""
+    mixed = [layer for layer in model._flatten_layers() if str(layer.dtype_policy.name).startswith("mixed_")]
+    for layer in mixed:
+        if isinstance(layer, keras.Layer):
+            layer.dtype_policy = "float32"
+        else:
+            layer._set_dtype_policy("float32")
+    return bool(mixed)
 
 
 def saved_model(path: Path) -> Source:

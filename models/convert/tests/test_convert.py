@@ -66,7 +66,7 @@ def rgb(width: int, height: int) -> np.ndarray:
 def spread(model, inputs: np.ndarray, k=keras):
     """Gives the last Dense layer such weights that its scores differ between pictures: along the features' widest directions."""
     dense = model.layers[-1]
-    features = np.concatenate([k.Model(model.inputs, dense.input)(part[None]).numpy() for part in inputs])
+    features = np.concatenate([k.Model(model.inputs, dense.input)(part[None]).numpy() for part in inputs]).astype(np.float32)
     centre = features.mean(axis=0)
     directions = np.linalg.svd(features - centre, full_matrices=False)[2][: max(dense.units, 2)]
     weights = directions[: dense.units].T
@@ -240,6 +240,17 @@ class Converted(unittest.TestCase):
         said, _ = self.bundle(path, predicted(model, rgb(96, 96))[:, 0])
         self.assertIn("(tf_keras)", said)
         self.assertRegex(said, r"normalize: +none \(the model itself begins with (RealDiv|Mul)\)")
+
+    def test_mixed_precision(self) -> None:
+        for k, suffix in ((keras, "keras"), (tf_keras, "h5")):
+            k.mixed_precision.set_global_policy("mixed_float16")
+            self.addCleanup(k.mixed_precision.set_global_policy, "float32")
+            model, path = sequential(k), ROOT / f"mixed.{suffix}"
+            model.save(path)
+            with self.subTest(k.__name__):
+                said, report = self.bundle(path, predicted(model, rgb(96, 96))[:, 0], "--force")
+                self.assertIn("its half precision made whole", said)
+                self.assertEqual(report["float_operators"], [])
 
     def test_saved_model_of_keras_3_and_2(self) -> None:
         for k in (keras, tf_keras):
