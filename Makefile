@@ -3,7 +3,7 @@
 CARGO ?= cargo
 SHARED_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test test-long test-tflite test-emulated test-deb test-arm64 test-board test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model reference fuzz clean
+.PHONY: demo test test-long test-tflite test-emulated test-deb test-arm64 test-board test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model convert test-convert reference fuzz clean
 
 ## The main job in one process: embedded broker, simulated scanner, real model (ARGS="--count 20 --rate 5")
 demo: setup
@@ -103,6 +103,17 @@ asyncapi:
 ## Train, convert, evaluate and bundle the model (about an hour on two cores; needs the image collections)
 model:
 	models/training/train.sh $(SHARED_DATA)/mri/index.csv
+
+## A bundle out of somebody's model: MODEL=file IMAGES=folder OUT=models/mine (ARGS for more; models/convert/README.md)
+convert:
+	@[ -n "$(MODEL)" ] && [ -n "$(OUT)" ] || { echo "convert: MODEL=file and OUT=folder are needed; and IMAGES=folder, unless it is a .tflite file" >&2; exit 2; }
+	@scripts/setup.sh --packages python3 python3-venv
+	@models/convert/convert.sh --model "$(MODEL)" $(if $(IMAGES),--images "$(IMAGES)") --out "$(OUT)" $(ARGS)
+
+## Models of every kind through the converter and the program
+test-convert: setup
+	$(CARGO) build
+	PROGRAM=models/convert/tests/test_convert.py models/convert/convert.sh
 
 ## Agreement of `classify` with OpenCV + LiteRT in Python on real images (needs ../shared/data)
 reference: build

@@ -11,13 +11,13 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-import flatbuffers
 import numpy as np
 import tensorflow as tf
 from tensorflow.lite.python import schema_py_generated as schema
 from tensorflow.lite.tools import flatbuffer_utils
 
 import data
+import flatfile
 from network import backbone, deployed
 from preprocess import SIZE, model_input
 
@@ -79,30 +79,18 @@ def quantize(model, images: list[np.ndarray]) -> bytes:
     graph = flat.subgraphs[0]
     for tensor, name in zip([*graph.inputs, *graph.outputs], ["image", "probability", "cam"], strict=True):
         graph.tensors[tensor].name = name
-    builder = AlignedBuilder(1 << 22)
-    builder.Finish(flat.Pack(builder), file_identifier=b"TFL3")
-    return bytes(builder.Output())
-
-
-class AlignedBuilder(flatbuffers.Builder):
-    """Keeps weights on 16-byte boundaries, as the TFLite schema demands (`force_align`) and the Python packer forgets."""
-
-    def StartVector(self, elemSize, numElems, alignment):  # noqa: N802, N803 (the library's names)
-        return super().StartVector(elemSize, numElems, max(16, alignment))
+    return flatfile.pack(flat)
 
 
 def check(path: Path) -> list[str]:
     """Raise where the file is not what the daemon's engines take; else describe it, a line a tensor and operator."""
     flat = flatbuffer_utils.read_model(str(path))
     graph = flat.subgraphs[0]
-    names = {value: key for key, value in vars(schema.BuiltinOperator).items() if not key.startswith("_")}
-    lines, codes = [], flat.operatorCodes
-    for i, code in enumerate(codes):
-        name = names[max(code.builtinCode, code.deprecatedBuiltinCode)]
-        count = sum(op.opcodeIndex == i for op in graph.operators)
-        lines.append(f"operator {name} version {code.version}: {count}")
-        if code.version > ALLOWED.get(name, 0):
-            raise SystemExit(f"{path}: operator {name} version {code.version} is not in TensorFlow Lite 1.15")
+    lines = []
+    for name, version, count in flatfile.operators(flat):
+        lines.append(f"operator {name} version {version}: {count}")
+        if version > ALLOWED.get(name, 0):
+            raise SystemExit(f"{path}: operator {name} version {version} is not in TensorFlow Lite 1.15")
     expected = {"image": [1, SIZE, SIZE, 3], "probability": [1, 1], "cam": [1, 7, 7, 1]}
     for role, indices in (("input", graph.inputs), ("output", graph.outputs)):
         for position, index in enumerate(indices):

@@ -20,20 +20,25 @@ def read_bgr(path: str | Path) -> np.ndarray:
     return image
 
 
-def brain_roi(
-    bgr: np.ndarray, threshold: int = 45, erode: int = 2, dilate: int = 2, margin: int = 0
-) -> tuple[int, int, int, int]:
-    """The rectangle (x, y, width, height) around the largest bright outer contour.
+def brain_mask(bgr: np.ndarray, threshold: int = 45, erode: int = 2, dilate: int = 2) -> np.ndarray:
+    """uint8 [height, width], 255 where it is bright, without specks.
 
-    RGB2GRAY is applied to the BGR array on purpose: the app did so (it matters for colour images only). The crop is half
-    open, so the contour's last row and column are lost, also on purpose. Where there is no contour, or the crop would be
-    empty, the answer is the whole image.
+    RGB2GRAY is applied to the BGR array on purpose: the app did so (it matters for colour images only).
     """
     gray = cv2.cvtColor(bgr, cv2.COLOR_RGB2GRAY)
     gray = cv2.GaussianBlur(gray, (5, 5), 0)
     mask = cv2.threshold(gray, threshold, 255, cv2.THRESH_BINARY)[1]
     mask = cv2.erode(mask, None, iterations=erode)
-    mask = cv2.dilate(mask, None, iterations=dilate)
+    return cv2.dilate(mask, None, iterations=dilate)
+
+
+def brain_roi(bgr: np.ndarray, threshold: int = 45, erode: int = 2, dilate: int = 2, margin: int = 0) -> tuple[int, int, int, int]:
+    """The rectangle (x, y, width, height) around the largest bright outer contour.
+
+    The crop is half open, so the contour's last row and column are lost, on purpose: the app did so. Where there is no
+    contour, or the crop would be empty, the answer is the whole image.
+    """
+    mask = brain_mask(bgr, threshold, erode, dilate)
     contours = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[-2]
     height, width = bgr.shape[:2]
     if not contours:
