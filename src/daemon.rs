@@ -8,8 +8,10 @@
 //! Every part runs until it is told to stop. A part that ends by itself is a defect: everything is stopped in order and
 //! the process ends with an error, for systemd to start it again.
 
+pub mod bundles;
 mod probes;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -19,7 +21,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::classifier::{Bundle, BundleError, Classifier};
+use crate::classifier::{BundleError, Classifier};
 use crate::commands::{self, Commands};
 use crate::config::{Config, Upload};
 use crate::dashboard::{self, Dashboard, Inbox};
@@ -34,9 +36,10 @@ use crate::pipeline::worker::{self, Context};
 use crate::preview;
 use crate::progress::Board;
 use crate::publisher::Publisher;
-use crate::store::{Opened, StateDir, Store};
+use crate::store::{Models, Opened, StateDir, Store};
 use crate::studies::Studies;
 use crate::{systemd, watch};
+use bundles::{Candidate, Found};
 use probes::Answers;
 
 /// Wait between tries to get the web server's port.
@@ -57,9 +60,27 @@ pub struct Prepared {
     settings: Settings,
     classifiers: Vec<Classifier>,
     http: Option<http::Settings>,
+    candidate: Candidate,
+    refused: Vec<String>,
+    link: Option<PathBuf>,
 }
 
 impl Prepared {
+    /// The configuration behind it.
+    pub fn config(&self) -> &Arc<Config> {
+        &self.config
+    }
+
+    /// Why it does not run the bundle that is installed, one line each; empty where it does.
+    pub fn refused(&self) -> &[String] {
+        &self.refused
+    }
+
+    /// What the link to the installed bundle held, see [`Models::link`](crate::store::Models::link).
+    pub fn link(&self) -> Option<&PathBuf> {
+        self.link.as_ref()
+    }
+
     /// Under which topics this daemon will speak.
     pub fn topic_base(&self) -> String {
         Sender::new(&self.config).topic_base
@@ -69,9 +90,10 @@ impl Prepared {
     pub fn describe(&self) -> String {
         let model = &self.classifiers[0].bundle().model_ref;
         format!(
-            "model {} {} on {}; {} worker(s)",
+            "model {} {} ({}) on {}; {} worker(s)",
             model.name,
             model.version,
+            self.candidate.place.as_str(),
             self.classifiers[0].engine_info(),
             self.classifiers.len()
         )
@@ -82,18 +104,38 @@ impl Prepared {
 pub fn prepare(config: Config) -> Result<Prepared, Vec<String>> {
     let mut problems = Vec::new();
     let settings = settings(&config).map_err(|line| problems.push(line));
-    let classifiers =
-        load_classifiers(&config).map_err(|BundleError(lines)| problems.extend(lines));
+    // Read first: should it change meanwhile, the daemon loads once more.
+    let link = Models::of(&config.state.dir).link();
+    let found = bundles::first(&config, |candidate| {
+        classifiers(candidate.verify(&config)?, &config)
+    });
+    let found = found.map_err(|lines| problems.extend(lines));
     let http = web(&config).map_err(|line| problems.push(line));
-    match (settings, classifiers, http) {
-        (Ok(settings), Ok(classifiers), Ok(http)) => Ok(Prepared {
-            config: Arc::new(config),
-            settings,
-            classifiers,
-            http,
-        }),
-        _ => Err(problems),
-    }
+    let (Ok(settings), Ok(found), Ok(http)) = (settings, found, http) else {
+        return Err(problems);
+    };
+    let Found {
+        candidate,
+        loaded: classifiers,
+        refused,
+    } = found;
+    Ok(Prepared {
+        config: Arc::new(config),
+        settings,
+        classifiers,
+        http,
+        candidate,
+        refused,
+        link,
+    })
+}
+
+/// One for each worker.
+fn classifiers(first: Classifier, config: &Config) -> Result<Vec<Classifier>, Vec<String>> {
+    let bundle = first.bundle().clone();
+    let rest = (1..config.pipeline.worker_count()).map(|_| Classifier::new(bundle.clone(), config));
+    let all: Result<_, _> = std::iter::once(Ok(first)).chain(rest).collect();
+    all.map_err(|BundleError(lines)| lines)
 }
 
 /// The broker settings of `config`, with the files they name read.
@@ -126,19 +168,12 @@ fn uploads(config: &Config, http: &http::Settings) -> bool {
         }
 }
 
-fn load_classifiers(config: &Config) -> Result<Vec<Classifier>, BundleError> {
-    let bundle = Arc::new(Bundle::read(&config.model.bundle)?);
-    let mut first = Classifier::new(bundle.clone(), config)?;
-    first.verify_golden()?;
-    let rest = (1..config.pipeline.worker_count()).map(|_| Classifier::new(bundle.clone(), config));
-    std::iter::once(Ok(first)).chain(rest).collect()
-}
-
 /// Tells a running daemon what to do.
 #[derive(Debug, Clone, Default)]
 pub struct Control {
     stop: CancellationToken,
     reload: Arc<AtomicBool>,
+    health: Health,
 }
 
 impl Control {
@@ -152,6 +187,14 @@ impl Control {
     pub fn stop_for_reload(&self, same_topics: bool) {
         self.reload.store(same_topics, Ordering::Relaxed);
         self.stop.cancel();
+    }
+
+    /// Goes on as it is: what it was to take over is refused. Its health says so until the next reload.
+    pub fn reload_refused(&self) {
+        self.health.raise(
+            Condition::ReloadRefused,
+            "a new configuration or model bundle was refused, the ones before it run on; the log has the reasons",
+        );
     }
 }
 
@@ -167,9 +210,12 @@ pub async fn run(
         settings,
         classifiers,
         http,
+        candidate,
+        refused,
+        link: _,
     } = prepared;
     let metrics = Metrics::default();
-    let health = Health::default();
+    let health = control.health.clone();
     // What this process writes, above all the ledger with its paths, is for its own user.
     systemd::starting();
     rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
@@ -195,10 +241,25 @@ pub async fn run(
     tracing::info!(
         model = model.name,
         version = model.version,
+        bundle = candidate.place.as_str(),
         engine,
         workers = classifiers.len(),
         "model loaded"
     );
+    for problem in &refused {
+        tracing::error!("not the installed model: {problem}");
+    }
+    if !refused.is_empty() {
+        health.raise(
+            Condition::ModelFallback,
+            format!(
+                "the installed model bundle cannot be used, {} {} runs ({}); the log has the reasons; install one again",
+                model.name,
+                model.version,
+                candidate.place.as_str()
+            ),
+        );
+    }
     let reporter = Arc::new(Reporter {
         sender: Sender::new(&config),
         key: state.key().clone(),

@@ -6,6 +6,7 @@ mod dashboard;
 #[cfg(feature = "demo")]
 mod demo;
 mod ledger;
+mod model;
 mod run;
 mod simulate;
 
@@ -52,6 +53,8 @@ enum Verb {
     Preprocess(classify::PreprocessArgs),
     /// Serve the dashboard for one appliance or a whole fleet
     Dashboard,
+    /// Show, verify, install model bundles, and go back
+    Model(model::ModelArgs),
     /// Everything in one process: broker, simulated scanner, daemon, dashboard
     #[cfg(feature = "demo")]
     Demo(demo::DemoArgs),
@@ -94,6 +97,7 @@ pub fn main() -> ExitCode {
         Verb::Check(args) => check::check(global, &args),
         Verb::Classify(args) => classify::classify(global, &args),
         Verb::Preprocess(args) => classify::preprocess(global, &args),
+        Verb::Model(args) => model::model(global, &args),
         Verb::Dashboard => dashboard::dashboard(global),
         #[cfg(feature = "demo")]
         Verb::Demo(args) => demo::demo(&args),

@@ -22,6 +22,7 @@
 
 mod history;
 mod ledger;
+mod models;
 mod state_dir;
 
 use std::path::{Path, PathBuf};
@@ -32,6 +33,7 @@ use tokio::sync::oneshot;
 
 pub use history::{Changes, History, HistoryReader, Retention};
 pub use ledger::{Claim, Ledger, NewOutcome, PictureOutcome, Recorded, Selection, StudyGroup};
+pub use models::{Change, Models, Source};
 use state_dir::{Lock, lock};
 pub use state_dir::{StateDir, free_bytes};
 
