@@ -21,7 +21,7 @@ fn main() -> std::io::Result<()> {
     for entry in std::fs::read_dir(&dir)? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with("scansentry-help") {
+        if name.contains("-help") {
             std::fs::remove_file(path)?;
         }
     }

@@ -172,6 +172,8 @@ fn uploads(config: &Config, http: &http::Settings) -> bool {
 #[derive(Debug, Clone, Default)]
 pub struct Control {
     stop: CancellationToken,
+    /// For good: what is in work gets little time.
+    quit: CancellationToken,
     reload: Arc<AtomicBool>,
     health: Health,
 }
@@ -180,6 +182,7 @@ impl Control {
     /// Stop for good: drain, say goodbye.
     pub fn stop(&self) {
         self.reload.store(false, Ordering::Relaxed);
+        self.quit.cancel();
         self.stop.cancel();
     }
 
@@ -408,7 +411,7 @@ pub async fn run(
     let mut publishing = tokio::spawn(publisher.run(stop_output.clone()));
     ready();
 
-    let defect = tokio::select! {
+    let mut defect = tokio::select! {
         () = control.stop.cancelled() => None,
         end = &mut watching => Some(describe("watch", end.map(|()| Ok::<_, std::convert::Infallible>(())))),
         end = &mut tending => Some(describe("studies", end.map(|()| Ok::<_, std::convert::Infallible>(())))),
@@ -423,7 +426,9 @@ pub async fn run(
     stopping.store(true, Ordering::Relaxed);
     stop_input.cancel();
     drop(hints_tx);
-    let finished = finish(taking, FINISH).await;
+    let deadline = Duration::from_secs(config.pipeline.deadline_s);
+    let patience = if defect.is_some() { FINISH } else { deadline };
+    let finished = finish_unless(taking, patience, &control.quit).await;
     finish(watching, FINISH).await;
     finish(tending, FINISH).await;
     finish(commanding, FINISH).await;
@@ -437,8 +442,14 @@ pub async fn run(
         if tokio::time::timeout(FINISH, joined).await.is_err() {
             tracing::warn!("a worker did not end in time");
         }
-    } else {
+    } else if defect.is_some() || control.quit.is_cancelled() {
         tracing::warn!("a file in work did not end in time; it is done again at the next start");
+    } else {
+        // As without a reload: only another process is rid of that worker.
+        let line = "a worker has been busy with one file for more than pipeline.deadline_s";
+        tracing::error!("{line}; no reload, the process ends");
+        control.reload.store(false, Ordering::Relaxed);
+        defect = Some(line.to_owned());
     }
     stop_output.cancel();
     finish(
@@ -585,6 +596,27 @@ fn describe<E: std::fmt::Display>(
         Ok(Ok(())) => format!("{part}: ended by itself"),
         Ok(Err(error)) => format!("{part}: {error}"),
         Err(error) => format!("{part}: {error}"),
+    }
+}
+
+/// As [`finish`], but once `quit` is cancelled it has only [`FINISH`] left. A reload can wait for a file that takes long: cut off, it would
+/// count as one that killed the process.
+async fn finish_unless<T>(
+    task: JoinHandle<T>,
+    patience: Duration,
+    quit: &CancellationToken,
+) -> bool {
+    let abort = task.abort_handle();
+    let hurried = async {
+        quit.cancelled().await;
+        tokio::time::sleep(FINISH).await;
+    };
+    tokio::select! {
+        finished = finish(task, patience) => finished,
+        () = hurried => {
+            abort.abort();
+            false
+        }
     }
 }
 

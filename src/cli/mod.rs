@@ -54,7 +54,8 @@ enum Verb {
     /// Serve the dashboard for one appliance or a whole fleet
     Dashboard,
     /// Show, verify, install model bundles, and go back
-    Model(model::ModelArgs),
+    #[command(subcommand)]
+    Model(model::ModelVerb),
     /// Everything in one process: broker, simulated scanner, daemon, dashboard
     #[cfg(feature = "demo")]
     Demo(demo::DemoArgs),
@@ -97,7 +98,7 @@ pub fn main() -> ExitCode {
         Verb::Check(args) => check::check(global, &args),
         Verb::Classify(args) => classify::classify(global, &args),
         Verb::Preprocess(args) => classify::preprocess(global, &args),
-        Verb::Model(args) => model::model(global, &args),
+        Verb::Model(verb) => model::model(global, &verb),
         Verb::Dashboard => dashboard::dashboard(global),
         #[cfg(feature = "demo")]
         Verb::Demo(args) => demo::demo(&args),

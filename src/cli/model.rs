@@ -3,23 +3,17 @@
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Subcommand};
+use clap::Subcommand;
 use serde_json::{Value, json};
 
 use super::{Failure, Global};
 use crate::classifier::{Bundle, Classifier, SignatureState};
 use crate::config::Config;
 use crate::daemon::bundles::{self, Candidate, Unchanged};
-use crate::store::Source;
-
-#[derive(Debug, Args)]
-pub(super) struct ModelArgs {
-    #[command(subcommand)]
-    verb: ModelVerb,
-}
+use crate::store::{Models, Source};
 
 #[derive(Debug, Subcommand)]
-enum ModelVerb {
+pub(super) enum ModelVerb {
     /// Which model bundle runs here, and to which one `rollback` would go
     Show {
         /// One JSON object instead of lines for people
@@ -40,9 +34,14 @@ enum ModelVerb {
     Rollback,
 }
 
-pub(super) fn model(global: &Global, args: &ModelArgs) -> Result<(), Failure> {
+pub(super) fn model(global: &Global, verb: &ModelVerb) -> Result<(), Failure> {
     let config = global.load()?;
-    match &args.verb {
+    if let Err(error) = Models::of(&config.state.dir).current()
+        && error.kind() == std::io::ErrorKind::PermissionDenied
+    {
+        return Err(failure(&config, Unchanged::Failed(error)));
+    }
+    match verb {
         ModelVerb::Show { json } => show(&config, *json),
         ModelVerb::Verify { dir } => verify(&config, dir.as_deref()),
         ModelVerb::Install { dir } => install(&config, dir),

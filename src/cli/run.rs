@@ -26,8 +26,13 @@ const LOOK: Duration = Duration::from_secs(2);
 /// What comes from outside.
 enum Order {
     Stop,
-    /// With that configuration, and with another model than the installed one if that cannot be used.
-    Reload(Result<Box<Config>, Failure>, bool),
+    Reload {
+        /// What is said when it is done.
+        why: &'static str,
+        config: Result<Box<Config>, Failure>,
+        /// Whether another model than the installed one will do if that cannot be used.
+        may_fall: bool,
+    },
 }
 
 /// Runs the daemon again and again, with the configuration of the latest SIGHUP and the model that is installed, until SIGTERM or SIGINT.
@@ -62,10 +67,18 @@ async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Resul
                 }
                 _ = terminate.recv() => Order::Stop,
                 _ = interrupt.recv() => Order::Stop,
-                _ = hangup.recv(), if free => Order::Reload(global.load().map(Box::new), fallen),
+                _ = hangup.recv(), if free => Order::Reload {
+                    why: "configuration read again",
+                    config: global.load().map(Box::new),
+                    may_fall: fallen,
+                },
                 another = another(&models, link.as_ref()), if free => {
                     link = another;
-                    Order::Reload(Ok(Box::new(Config::clone(&config))), false)
+                    Order::Reload {
+                        why: "another model is installed",
+                        config: Ok(Box::new(Config::clone(&config))),
+                        may_fall: false,
+                    }
                 }
             };
             match order {
@@ -74,10 +87,15 @@ async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Resul
                     next = None;
                     stop(&control);
                 }
-                Order::Reload(config, may_fall) => {
+                Order::Reload {
+                    why,
+                    config,
+                    may_fall,
+                } => {
                     systemd::reloading();
                     match reload(config, may_fall).await {
                         Ok(prepared) => {
+                            tracing::info!("{why}");
                             control.stop_for_reload(prepared.topic_base() == topic_base);
                             next = Some(prepared);
                         }
@@ -141,6 +159,5 @@ async fn reload(
     if !may_fall && !prepared.refused().is_empty() {
         return Err(prepared.refused().to_vec());
     }
-    tracing::info!("configuration and model read again");
     Ok(prepared)
 }

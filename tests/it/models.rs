@@ -5,7 +5,7 @@
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ed25519_dalek::pkcs8::EncodePublicKey as _;
 use ed25519_dalek::pkcs8::spki::der::pem::LineEnding;
@@ -322,6 +322,66 @@ fn a_running_daemon_swaps_models_without_losing_or_doubling_a_result() {
         (&health["model"]["version"], &health["state"]),
         (&"2".into(), &"ok".into())
     );
+    assert_eq!(appliance.stop(), Some(0));
+}
+
+#[test]
+fn a_swap_waits_for_a_file_that_takes_long() {
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let mut appliance = Appliance::with(
+        &broker.url(),
+        "[pipeline]\nworkers = 1\nattempts = 1\n[health]\ninterval_s = 1\n",
+    );
+    appliance.start();
+    let freezer = appliance.freeze("worker");
+    appliance.rename_in("a.png", &slices(2)[0]);
+    wait_for("the file to be in work", || {
+        let health = subscriber.of_kind("health").pop();
+        health.is_some_and(|h| h.json()["backlog"]["files"] == 1)
+    });
+    install(&appliance, &variant(&appliance, "2"));
+    wait_for("the reload", || {
+        appliance.log().contains("another model is installed")
+    });
+    // Longer than a stop would wait.
+    pause(Duration::from_secs(25));
+    appliance.rename_in("b.png", &slices(2)[1]);
+    assert_eq!(subscriber.results().len(), 0);
+    drop(freezer);
+    let results = subscriber.wait_for_scans(2);
+    let by: Vec<_> = results
+        .iter()
+        .map(|r| (r["outcome"].as_str(), r["model"]["version"].as_str()))
+        .collect();
+    let shipped = shipped_version();
+    let classified = Some("classified");
+    assert_eq!(by, [(classified, Some(&*shipped)), (classified, Some("2"))]);
+    assert!(!appliance.log().contains("in time"), "{}", appliance.log());
+    assert_always_online(&subscriber);
+    assert_eq!(appliance.stop(), Some(0));
+}
+
+#[test]
+fn a_swap_does_not_wait_for_ever_for_a_worker_that_hangs() {
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let more = "[pipeline]\nworkers = 1\ndeadline_s = 5\n";
+    let mut appliance = Appliance::with(&broker.url(), more);
+    appliance.start();
+    let _freezer = appliance.freeze("worker");
+    appliance.rename_in("a.png", &slices(1)[0]);
+    install(&appliance, &variant(&appliance, "2"));
+    let code = appliance.process.as_mut().unwrap().exit_code();
+    assert_eq!(code, Some(1), "{}", appliance.log());
+    wait_for("the farewell", || {
+        let status = subscriber.of_kind("status").pop();
+        status.is_some_and(|m| m.payload == "stopped")
+    });
+    // Started again, as systemd would.
+    appliance.start();
+    let results = subscriber.wait_for_scans(1);
+    assert_eq!(results[0]["model"]["version"], "2");
     assert_eq!(appliance.stop(), Some(0));
 }
 

@@ -509,6 +509,29 @@ impl Appliance {
         process.exit_code()
     }
 
+    /// Freezes the threads whose names begin with `prefix`, until the result is dropped.
+    pub fn freeze(&self, prefix: &str) -> Process {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/freeze.py");
+        let pid = self.process.as_ref().unwrap().0.id().to_string();
+        let mut freezer = Process::spawn(
+            Command::new("python3")
+                .arg(script)
+                .args([&pid, prefix])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped()),
+        );
+        let mut held = String::new();
+        BufReader::new(freezer.0.stdout.as_mut().unwrap())
+            .read_line(&mut held)
+            .unwrap();
+        let held: usize = held
+            .trim()
+            .parse()
+            .expect("threads can be stopped: as root, or with kernel.yama.ptrace_scope = 0");
+        assert!(held > 0, "there is no thread {prefix}");
+        freezer
+    }
+
     /// `status --json`.
     pub fn status(&self) -> Value {
         let output = self.command(&["status", "--json"]).output().unwrap();
