@@ -42,6 +42,11 @@ pub(super) fn model(global: &Global, verb: &ModelVerb) -> Result<(), Failure> {
         return Err(failure(&config, Unchanged::Failed(error)));
     }
     match verb {
+        ModelVerb::Verify { dir: Some(_) } | ModelVerb::Install { .. } => {}
+        // As the daemon sees it; and whatever its user may have put there is not root's to run.
+        _ => become_owner(&config.state.dir)?,
+    }
+    match verb {
         ModelVerb::Show { json } => show(&config, *json),
         ModelVerb::Verify { dir } => verify(&config, dir.as_deref()),
         ModelVerb::Install { dir } => install(&config, dir),
@@ -191,7 +196,6 @@ fn install(config: &Config, dir: &Path) -> Result<(), Failure> {
 }
 
 fn rollback(config: &Config) -> Result<(), Failure> {
-    become_owner(&config.state.dir)?;
     let found = bundles::rollback(config).map_err(|unchanged| failure(config, unchanged))?;
     for line in found.refused {
         eprintln!("{line}");

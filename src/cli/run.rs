@@ -27,8 +27,8 @@ const LOOK: Duration = Duration::from_secs(2);
 enum Order {
     Stop,
     Reload {
-        /// What is said when it is done.
-        why: &'static str,
+        /// By a hangup; otherwise another model is installed.
+        hangup: bool,
         config: Result<Box<Config>, Failure>,
         /// Whether another model than the installed one will do if that cannot be used.
         may_fall: bool,
@@ -68,14 +68,14 @@ async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Resul
                 _ = terminate.recv() => Order::Stop,
                 _ = interrupt.recv() => Order::Stop,
                 _ = hangup.recv(), if free => Order::Reload {
-                    why: "configuration read again",
+                    hangup: true,
                     config: global.load().map(Box::new),
                     may_fall: fallen,
                 },
                 another = another(&models, link.as_ref()), if free => {
                     link = another;
                     Order::Reload {
-                        why: "another model is installed",
+                        hangup: false,
                         config: Ok(Box::new(Config::clone(&config))),
                         may_fall: false,
                     }
@@ -88,20 +88,24 @@ async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Resul
                     stop(&control);
                 }
                 Order::Reload {
-                    why,
+                    hangup,
                     config,
                     may_fall,
                 } => {
                     systemd::reloading();
                     match reload(config, may_fall).await {
                         Ok(prepared) => {
-                            tracing::info!("{why}");
+                            if hangup {
+                                tracing::info!("configuration read again");
+                            } else {
+                                tracing::info!("another model is installed");
+                            }
                             control.stop_for_reload(prepared.topic_base() == topic_base);
                             next = Some(prepared);
                         }
                         Err(problems) => {
-                            // Taken away under our hands by the next change, which is looked at soon.
-                            if models.link() == link {
+                            // The next change may have taken it away under our hands; that one is looked at soon.
+                            if hangup || models.link() == link {
                                 refuse(&control, &problems);
                             }
                             systemd::ready();

@@ -183,10 +183,17 @@ impl Change {
 
     /// Removes everything but the links, what they name and the lock.
     fn tidy(&self) -> Result<()> {
-        let named = |link| self.models.read(link).ok().flatten();
         let mut kept = vec![super::state_dir::LOCK.to_owned()];
         kept.extend([CURRENT, PREVIOUS].map(str::to_owned));
-        kept.extend([CURRENT, PREVIOUS].into_iter().filter_map(named));
+        for link in [CURRENT, PREVIOUS] {
+            match self.models.read(link) {
+                Ok(name) => kept.extend(name),
+                // What is no link names nothing; what cannot be read may.
+                Err(error) if error.raw_os_error().is_none() => {}
+                Err(error) if error.kind() == ErrorKind::InvalidInput => {}
+                Err(error) => return Err(error),
+            }
+        }
         for entry in std::fs::read_dir(&self.models.0)? {
             let entry = entry?;
             if kept

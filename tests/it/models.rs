@@ -195,7 +195,7 @@ fn install_show_and_back_step_by_step() {
 
 #[test]
 fn what_is_installed_belongs_to_the_daemon_alone() {
-    let appliance = Appliance::new(NO_BROKER);
+    let mut appliance = Appliance::new(NO_BROKER);
     let state = appliance.state();
     std::fs::create_dir(&state).unwrap();
     let owner = if is_root() {
@@ -206,14 +206,24 @@ fn what_is_installed_belongs_to_the_daemon_alone() {
     // The bundle is root's alone; the daemon's user gets a copy.
     let folder = variant(&appliance, "2");
     std::fs::set_permissions(&folder, PermissionsExt::from_mode(0o700)).unwrap();
+    // What the daemon's user could not read would be refused.
+    let configured = appliance.folder.path().join("configured");
+    copy_folder(&bundle(), &configured);
+    appliance.set("SCANSENTRY__MODEL__BUNDLE", configured.to_str().unwrap());
     if is_root() {
-        std::fs::set_permissions(appliance.folder.path(), PermissionsExt::from_mode(0o755))
-            .unwrap();
+        for folder in [
+            appliance.folder.path(),
+            &configured,
+            &configured.join("golden"),
+        ] {
+            std::fs::set_permissions(folder, PermissionsExt::from_mode(0o755)).unwrap();
+        }
         std::os::unix::fs::chown(&state, Some(owner), Some(owner)).unwrap();
     }
     install(&appliance, &folder);
     rollback(&appliance);
     install(&appliance, &folder);
+    assert_eq!(versions(&appliance)[0].0, "2");
     let mut folders = vec![state];
     let mut files = 0;
     while let Some(folder) = folders.pop() {
@@ -706,6 +716,18 @@ fn installs_that_are_killed_leave_a_whole_bundle_and_no_rubbish() {
         stderr(&output)
     );
     drop(lock);
+    // A link that is none any more.
+    std::fs::remove_file(models.join("current")).unwrap();
+    std::fs::write(models.join("current"), b"?").unwrap();
+    let output = model(&appliance, &["verify"]);
+    assert_eq!(output.status.code(), Some(78));
+    assert!(stderr(&output).contains("which model is installed cannot be read"));
+    assert_eq!(show(&appliance)["place"], "previous");
+    rollback(&appliance);
+    assert_eq!(
+        versions(&appliance),
+        expected(("last", "installed"), (&shipped_version(), "configured"))
+    );
     rollback(&appliance);
     assert_eq!(installed(&appliance), ["lock"]);
 }
