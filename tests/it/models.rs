@@ -270,27 +270,24 @@ fn a_running_daemon_swaps_models_without_losing_or_doubling_a_result() {
             .filter(|r| r["model"]["version"] == version)
             .count()
     };
-    wait_for("results of the configured model", || {
-        with_version(&shipped) > 3
-    });
+    let more_of = |version: &str| {
+        let before = with_version(version);
+        let what = format!("more results of version {version}");
+        wait_for(&what, || with_version(version) > before + 3);
+    };
+    more_of(&shipped);
     install(&appliance, &variant(&appliance, "2"));
-    wait_for("results of version 2", || with_version("2") > 3);
+    more_of("2");
     install(&appliance, &variant(&appliance, "3"));
     // Another one before the first can have been taken over: only the last one counts.
     install(&appliance, &variant(&appliance, "4"));
-    wait_for("results of version 4", || with_version("4") > 3);
-    let of_2 = with_version("2");
+    more_of("4");
     rollback(&appliance);
-    wait_for("results of version 3", || with_version("3") > 3);
+    more_of("3");
     rollback(&appliance);
-    let of_shipped = with_version(&shipped);
-    wait_for("results of the configured model again", || {
-        with_version(&shipped) > of_shipped + 3
-    });
+    more_of(&shipped);
     install(&appliance, &variant(&appliance, "2"));
-    wait_for("results of version 2 again", || {
-        with_version("2") > of_2 + 3
-    });
+    more_of("2");
 
     simulate.signal("INT");
     let _ = simulate.exit_code();
