@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use image::RgbImage;
+use serde::Serialize;
 
 use crate::config::{Config, EngineChoice, Misfits, Quality};
 use crate::engine::{self, ElementType, Engine, EngineInfo, Runtime, TensorSpec};
@@ -17,22 +18,16 @@ use crate::imaging::quality;
 use crate::imaging::quantize::{Normalization, Quantizer};
 use crate::imaging::resize::{ResizeSpec, Resizer};
 use crate::imaging::roi::{BrainContour, CropSpec, RoiFinder};
-use crate::manifest::{self, Manifest};
+use crate::manifest::{
+    self, MANIFEST, MAX_GOLDEN, MAX_MODEL, MAX_TEXT, Manifest, SIGNATURE, read_bounded,
+};
 use crate::message::{ClassifiedPicture, ModelRef, millis};
 use crate::prediction::{
     Classified, Decision, Heatmap, Prediction, RejectCode, RejectReason, Roi, RuleInForce, Timings,
 };
 use crate::preview;
 use crate::scan::{hex, sha256};
-
-/// Name of the manifest inside a bundle.
-const MANIFEST: &str = "manifest.toml";
-
-/// Largest manifest, in bytes.
-const MAX_MANIFEST: u64 = 1 << 20;
-
-/// Largest model file, in bytes: VGG16 as float32 is 550 MB.
-const MAX_MODEL: u64 = 1 << 30;
+use crate::signature::PublicKey;
 
 /// Largest scores or heatmap tensor, in elements.
 const MAX_OUTPUT: usize = 1 << 20;
@@ -42,62 +37,104 @@ const MAX_OUTPUT: usize = 1 << 20;
 #[error("{}", .0.join("\n"))]
 pub struct BundleError(pub Vec<String>);
 
-/// A model bundle as read from the disk: the manifest is valid and the model file is the one that it names.
+/// What is known of a bundle's signature.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SignatureState {
+    /// By the key that the configuration names.
+    Valid,
+    /// There is one; the configuration names no key.
+    Unchecked,
+    /// There is none; the configuration names no key.
+    None,
+}
+
+/// A model bundle as read from the disk: the manifest is valid, signed where a key is given, and the model file is the one that it names.
 #[derive(Debug)]
 pub struct Bundle {
     dir: PathBuf,
     /// The manifest.
     pub manifest: Manifest,
+    /// SHA-256 of the manifest's bytes: which bundle this is, because the manifest names the model by its hash.
+    pub manifest_sha256: String,
+    /// Whether it is signed.
+    pub signature: SignatureState,
     /// Name, version and hash, as every result carries them.
     pub model_ref: Arc<ModelRef>,
     model: Vec<u8>,
 }
 
 impl Bundle {
-    /// Reads `dir`: the manifest, then the model, whose SHA-256 must be the manifest's.
-    pub fn read(dir: &Path) -> Result<Self, BundleError> {
+    /// Reads `dir`: the manifest, its signature by `key` if there is a key, then the model, whose SHA-256 must be the manifest's.
+    pub fn read(dir: &Path, key: Option<&PublicKey>) -> Result<Self, BundleError> {
         let fail = |line: String| BundleError(vec![line]);
-        let text = read_bounded(&dir.join(MANIFEST), MAX_MANIFEST)
+        let bytes = read_bounded(&dir.join(MANIFEST), MAX_TEXT)
             .map_err(|e| fail(format!("model.bundle: {}: {MANIFEST} cannot be read ({e}); give the folder of a model bundle", dir.display())))?;
-        let text = String::from_utf8(text)
-            .map_err(|_| fail(format!("{MANIFEST}: is not UTF-8 text; write it again")))?;
-        let manifest = Manifest::parse(&text).map_err(BundleError)?;
-        let model = read_bounded(&dir.join(&manifest.file), MAX_MODEL).map_err(|e| {
-            fail(format!(
-                "model.bundle: {} cannot be read ({e}); install the bundle again",
-                manifest.file
-            ))
-        })?;
-        let found = hex(&sha256(&model));
-        if found != manifest.sha256 {
-            return Err(fail(format!(
-                "model.bundle: {} has SHA-256 {found}, the manifest says {}; install the bundle again",
-                manifest.file, manifest.sha256
-            )));
-        }
+        let mut problems = Vec::new();
+        let signature = read_signature(dir, &bytes, key);
+        let signature = signature.map_err(|line| problems.push(line));
+        let manifest_sha256 = hex(&sha256(&bytes));
+        let manifest = String::from_utf8(bytes)
+            .map_err(|_| vec![format!("{MANIFEST}: is not UTF-8 text; write it again")])
+            .and_then(|text| Manifest::parse(&text))
+            .map_err(|lines| problems.extend(lines));
+        let Ok(manifest) = manifest else {
+            return Err(BundleError(problems));
+        };
+        let model = read_model(dir, &manifest).map_err(|line| problems.push(line));
+        let (Ok(signature), Ok(model)) = (signature, model) else {
+            return Err(BundleError(problems));
+        };
         let model_ref = ModelRef {
             name: manifest.name.clone(),
             version: manifest.version.clone(),
-            sha256: found,
+            sha256: manifest.sha256.clone(),
         };
         Ok(Self {
             dir: dir.to_owned(),
             manifest,
+            manifest_sha256,
+            signature,
             model_ref: Arc::new(model_ref),
             model,
         })
     }
 }
 
-fn read_bounded(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
-    use std::io::Read as _;
-    let file = std::fs::File::open(path)?;
-    if file.metadata()?.len() > limit {
-        return Err(std::io::Error::other(format!("larger than {limit} bytes")));
+fn read_signature(
+    dir: &Path,
+    manifest: &[u8],
+    key: Option<&PublicKey>,
+) -> Result<SignatureState, String> {
+    let signature = read_bounded(&dir.join(SIGNATURE), MAX_TEXT);
+    match (key, signature) {
+        (None, Ok(_)) => Ok(SignatureState::Unchecked),
+        (None, Err(_)) => Ok(SignatureState::None),
+        (Some(key), Ok(signature)) if key.signed(manifest, &signature) => Ok(SignatureState::Valid),
+        (Some(_), Ok(_)) => Err(format!(
+            "model.bundle: {SIGNATURE} is no signature of {MANIFEST} by model.public_key; the bundle was changed after it was signed, or signed with another key"
+        )),
+        (Some(_), Err(error)) => Err(format!(
+            "model.bundle: {SIGNATURE} cannot be read ({error}); model.public_key wants a signed bundle, see models/README.md"
+        )),
     }
-    let mut bytes = Vec::new();
-    file.take(limit).read_to_end(&mut bytes)?;
-    Ok(bytes)
+}
+
+fn read_model(dir: &Path, manifest: &Manifest) -> Result<Vec<u8>, String> {
+    let model = read_bounded(&dir.join(&manifest.file), MAX_MODEL).map_err(|e| {
+        format!(
+            "model.bundle: {} cannot be read ({e}); install the bundle again",
+            manifest.file
+        )
+    })?;
+    let found = hex(&sha256(&model));
+    if found != manifest.sha256 {
+        return Err(format!(
+            "model.bundle: {} has SHA-256 {found}, the manifest says {}; install the bundle again",
+            manifest.file, manifest.sha256
+        ));
+    }
+    Ok(model)
 }
 
 /// The runtime that the configuration wants, if this build has it.
@@ -219,7 +256,7 @@ impl Classifier {
         let limits = Limits::default();
         let mut problems = Vec::new();
         for image in &golden.image {
-            let outcome = read_bounded(&bundle.dir.join(&image.file), limits.file_bytes)
+            let outcome = read_bounded(&bundle.dir.join(&image.file), MAX_GOLDEN)
                 .map_err(|e| e.to_string())
                 .and_then(|bytes| {
                     let picture = Source::open(&bytes, &limits)

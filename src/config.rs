@@ -92,6 +92,7 @@ pub struct Limits {
 #[allow(missing_docs)]
 pub struct Model {
     pub bundle: PathBuf,
+    pub public_key: String,
     pub engine: EngineChoice,
     pub threads: usize,
 }

@@ -8,8 +8,10 @@
 //! Every part runs until it is told to stop. A part that ends by itself is a defect: everything is stopped in order and
 //! the process ends with an error, for systemd to start it again.
 
+pub mod bundles;
 mod probes;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -19,7 +21,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::classifier::{Bundle, BundleError, Classifier};
+use crate::classifier::{BundleError, Classifier};
 use crate::commands::{self, Commands};
 use crate::config::{Config, Upload};
 use crate::dashboard::{self, Dashboard, Inbox};
@@ -34,9 +36,10 @@ use crate::pipeline::worker::{self, Context};
 use crate::preview;
 use crate::progress::Board;
 use crate::publisher::Publisher;
-use crate::store::{Opened, StateDir, Store};
+use crate::store::{Models, Opened, StateDir, Store};
 use crate::studies::Studies;
 use crate::{systemd, watch};
+use bundles::{Candidate, Found};
 use probes::Answers;
 
 /// Wait between tries to get the web server's port.
@@ -57,9 +60,27 @@ pub struct Prepared {
     settings: Settings,
     classifiers: Vec<Classifier>,
     http: Option<http::Settings>,
+    candidate: Candidate,
+    refused: Vec<String>,
+    link: Option<PathBuf>,
 }
 
 impl Prepared {
+    /// The configuration behind it.
+    pub fn config(&self) -> &Arc<Config> {
+        &self.config
+    }
+
+    /// Why it does not run the bundle that is installed, one line each; empty where it does.
+    pub fn refused(&self) -> &[String] {
+        &self.refused
+    }
+
+    /// What the link to the installed bundle held, see [`Models::link`](crate::store::Models::link).
+    pub fn link(&self) -> Option<&PathBuf> {
+        self.link.as_ref()
+    }
+
     /// Under which topics this daemon will speak.
     pub fn topic_base(&self) -> String {
         Sender::new(&self.config).topic_base
@@ -69,9 +90,10 @@ impl Prepared {
     pub fn describe(&self) -> String {
         let model = &self.classifiers[0].bundle().model_ref;
         format!(
-            "model {} {} on {}; {}; {} worker(s)",
+            "model {} {} ({}) on {}; {}; {} worker(s)",
             model.name,
             model.version,
+            self.candidate.place.as_str(),
             self.classifiers[0].engine_info(),
             self.classifiers[0].rule(),
             self.classifiers.len()
@@ -83,18 +105,38 @@ impl Prepared {
 pub fn prepare(config: Config) -> Result<Prepared, Vec<String>> {
     let mut problems = Vec::new();
     let settings = settings(&config).map_err(|line| problems.push(line));
-    let classifiers =
-        load_classifiers(&config).map_err(|BundleError(lines)| problems.extend(lines));
+    // Read first: should it change meanwhile, the daemon loads once more.
+    let link = Models::of(&config.state.dir).link();
+    let found = bundles::first(&config, |candidate| {
+        classifiers(candidate.verify(&config)?, &config)
+    });
+    let found = found.map_err(|lines| problems.extend(lines));
     let http = web(&config).map_err(|line| problems.push(line));
-    match (settings, classifiers, http) {
-        (Ok(settings), Ok(classifiers), Ok(http)) => Ok(Prepared {
-            config: Arc::new(config),
-            settings,
-            classifiers,
-            http,
-        }),
-        _ => Err(problems),
-    }
+    let (Ok(settings), Ok(found), Ok(http)) = (settings, found, http) else {
+        return Err(problems);
+    };
+    let Found {
+        candidate,
+        loaded: classifiers,
+        refused,
+    } = found;
+    Ok(Prepared {
+        config: Arc::new(config),
+        settings,
+        classifiers,
+        http,
+        candidate,
+        refused,
+        link,
+    })
+}
+
+/// One for each worker.
+fn classifiers(first: Classifier, config: &Config) -> Result<Vec<Classifier>, Vec<String>> {
+    let bundle = first.bundle().clone();
+    let rest = (1..config.pipeline.worker_count()).map(|_| Classifier::new(bundle.clone(), config));
+    let all: Result<_, _> = std::iter::once(Ok(first)).chain(rest).collect();
+    all.map_err(|BundleError(lines)| lines)
 }
 
 /// The broker settings of `config`, with the files they name read.
@@ -127,25 +169,21 @@ fn uploads(config: &Config, http: &http::Settings) -> bool {
         }
 }
 
-fn load_classifiers(config: &Config) -> Result<Vec<Classifier>, BundleError> {
-    let bundle = Arc::new(Bundle::read(&config.model.bundle)?);
-    let mut first = Classifier::new(bundle.clone(), config)?;
-    first.verify_golden()?;
-    let rest = (1..config.pipeline.worker_count()).map(|_| Classifier::new(bundle.clone(), config));
-    std::iter::once(Ok(first)).chain(rest).collect()
-}
-
 /// Tells a running daemon what to do.
 #[derive(Debug, Clone, Default)]
 pub struct Control {
     stop: CancellationToken,
+    /// For good: what is in work gets little time.
+    quit: CancellationToken,
     reload: Arc<AtomicBool>,
+    health: Health,
 }
 
 impl Control {
     /// Stop for good: drain, say goodbye.
     pub fn stop(&self) {
         self.reload.store(false, Ordering::Relaxed);
+        self.quit.cancel();
         self.stop.cancel();
     }
 
@@ -153,6 +191,14 @@ impl Control {
     pub fn stop_for_reload(&self, same_topics: bool) {
         self.reload.store(same_topics, Ordering::Relaxed);
         self.stop.cancel();
+    }
+
+    /// Goes on as it is: what it was to take over is refused. Its health says so until the next reload.
+    pub fn reload_refused(&self) {
+        self.health.raise(
+            Condition::ReloadRefused,
+            "a new configuration or model bundle was refused, the ones before it run on; the log has the reasons",
+        );
     }
 }
 
@@ -168,9 +214,12 @@ pub async fn run(
         settings,
         classifiers,
         http,
+        candidate,
+        refused,
+        link: _,
     } = prepared;
     let metrics = Metrics::default();
-    let health = Health::default();
+    let health = control.health.clone();
     // What this process writes, above all the ledger with its paths, is for its own user.
     systemd::starting();
     rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
@@ -197,11 +246,26 @@ pub async fn run(
     tracing::info!(
         model = model.name,
         version = model.version,
+        bundle = candidate.place.as_str(),
         engine,
         workers = classifiers.len(),
         %rule,
         "model loaded"
     );
+    for problem in &refused {
+        tracing::error!("not the installed model: {problem}");
+    }
+    if !refused.is_empty() {
+        health.raise(
+            Condition::ModelFallback,
+            format!(
+                "the installed model bundle cannot be used, {} {} runs ({}); the log has the reasons; install one again",
+                model.name,
+                model.version,
+                candidate.place.as_str()
+            ),
+        );
+    }
     let reporter = Arc::new(Reporter {
         sender: Sender::new(&config),
         key: state.key().clone(),
@@ -350,7 +414,7 @@ pub async fn run(
     let mut publishing = tokio::spawn(publisher.run(stop_output.clone()));
     ready();
 
-    let defect = tokio::select! {
+    let mut defect = tokio::select! {
         () = control.stop.cancelled() => None,
         end = &mut watching => Some(describe("watch", end.map(|()| Ok::<_, std::convert::Infallible>(())))),
         end = &mut tending => Some(describe("studies", end.map(|()| Ok::<_, std::convert::Infallible>(())))),
@@ -365,7 +429,9 @@ pub async fn run(
     stopping.store(true, Ordering::Relaxed);
     stop_input.cancel();
     drop(hints_tx);
-    let finished = finish(taking, FINISH).await;
+    let deadline = Duration::from_secs(config.pipeline.deadline_s);
+    let patience = if defect.is_some() { FINISH } else { deadline };
+    let finished = finish_unless(taking, patience, &control.quit).await;
     finish(watching, FINISH).await;
     finish(tending, FINISH).await;
     finish(commanding, FINISH).await;
@@ -379,8 +445,14 @@ pub async fn run(
         if tokio::time::timeout(FINISH, joined).await.is_err() {
             tracing::warn!("a worker did not end in time");
         }
-    } else {
+    } else if defect.is_some() || control.quit.is_cancelled() {
         tracing::warn!("a file in work did not end in time; it is done again at the next start");
+    } else {
+        // As without a reload: only another process is rid of that worker.
+        let line = "a worker has been busy with one file for more than pipeline.deadline_s";
+        tracing::error!("{line}; no reload, the process ends");
+        control.reload.store(false, Ordering::Relaxed);
+        defect = Some(line.to_owned());
     }
     stop_output.cancel();
     finish(
@@ -527,6 +599,27 @@ fn describe<E: std::fmt::Display>(
         Ok(Ok(())) => format!("{part}: ended by itself"),
         Ok(Err(error)) => format!("{part}: {error}"),
         Err(error) => format!("{part}: {error}"),
+    }
+}
+
+/// As [`finish`], but once `quit` is cancelled it has only [`FINISH`] left. A reload can wait for a file that takes long: cut off, it would
+/// count as one that killed the process.
+async fn finish_unless<T>(
+    task: JoinHandle<T>,
+    patience: Duration,
+    quit: &CancellationToken,
+) -> bool {
+    let abort = task.abort_handle();
+    let hurried = async {
+        quit.cancelled().await;
+        tokio::time::sleep(FINISH).await;
+    };
+    tokio::select! {
+        finished = finish(task, patience) => finished,
+        () = hurried => {
+            abort.abort();
+            false
+        }
     }
 }
 

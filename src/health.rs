@@ -26,6 +26,10 @@ pub enum Condition {
     LedgerRebuilt,
     /// A command says that no new file is to be started.
     Paused,
+    /// The installed model bundle cannot be used; an older one runs.
+    ModelFallback,
+    /// A new configuration or model bundle was refused; the ones before it run on.
+    ReloadRefused,
 }
 
 impl Condition {
@@ -40,6 +44,8 @@ impl Condition {
             Self::OutboxFull => "outbox_full",
             Self::LedgerRebuilt => "ledger_rebuilt",
             Self::Paused => "paused",
+            Self::ModelFallback => "model_fallback",
+            Self::ReloadRefused => "reload_refused",
         }
     }
 }

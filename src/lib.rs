@@ -25,6 +25,7 @@ pub mod preview;
 pub mod progress;
 pub mod publisher;
 pub mod scan;
+pub mod signature;
 pub mod simulate;
 pub mod store;
 pub mod studies;

@@ -1,11 +1,17 @@
-//! The model bundle's `manifest.toml`: what a `.tflite` file does not say about itself.
+//! The model bundle: its files, and its `manifest.toml`: what a `.tflite` file does not say about itself.
 //!
 //! ```text
-//! models/<name>/manifest.toml   this file
-//!              /model.tflite    the model, named by `file`, pinned by `sha256`
-//!              /golden/*.png    generated images with the probability that the model gives
-//!              /MODEL_CARD.md   for people
+//! models/<name>/manifest.toml       this file
+//!              /manifest.toml.sig   its Ed25519 signature, where one is wanted
+//!              /model.tflite        the model, named by `file`, pinned by `sha256`
+//!              /golden/*.png        generated images with the probability that the model gives
+//!              /MODEL_CARD.md       for people
 //! ```
+
+use std::fs::{File, OpenOptions};
+use std::io::Read as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +20,27 @@ use crate::imaging::resize::ResizeFilter;
 
 /// The only manifest format so far.
 pub const FORMAT: u32 = 1;
+
+/// Name of the manifest inside a bundle.
+pub const MANIFEST: &str = "manifest.toml";
+
+/// Name of the manifest's signature inside a bundle.
+pub const SIGNATURE: &str = "manifest.toml.sig";
+
+/// Name of the page for people inside a bundle.
+pub const MODEL_CARD: &str = "MODEL_CARD.md";
+
+/// Largest manifest, signature and model card, in bytes.
+pub const MAX_TEXT: u64 = 1 << 20;
+
+/// Largest model file, in bytes: VGG16 as float32 is 550 MB.
+pub const MAX_MODEL: u64 = 1 << 30;
+
+/// Largest golden image, in bytes.
+pub const MAX_GOLDEN: u64 = 64 << 20;
+
+/// Most golden images.
+const MAX_GOLDEN_IMAGES: usize = 100;
 
 /// Largest side of a model's input, in pixels; a limit against absurd manifests.
 const MAX_SIDE: u32 = 4096;
@@ -274,6 +301,31 @@ pub struct GoldenImage {
     pub probability: f64,
 }
 
+/// Reads a file of a bundle: a regular one of at most `limit` bytes.
+pub fn read_bounded(path: &Path, limit: u64) -> std::io::Result<Vec<u8>> {
+    // A pipe would keep the reader waiting for ever.
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed())
+        .open(path)?;
+    check_file(&file, limit)?;
+    let mut bytes = Vec::new();
+    file.take(limit).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// The size of a regular file in bytes; an error for anything else, and beyond `limit`.
+pub fn check_file(file: &File, limit: u64) -> std::io::Result<u64> {
+    let metadata = file.metadata()?;
+    if !metadata.is_file() {
+        return Err(std::io::Error::other("not a regular file"));
+    }
+    if metadata.len() > limit {
+        return Err(std::io::Error::other(format!("larger than {limit} bytes")));
+    }
+    Ok(metadata.len())
+}
+
 impl Manifest {
     /// Parses and checks a manifest; every problem is one line `key: value; hint`.
     pub fn parse(text: &str) -> Result<Self, Vec<String>> {
@@ -306,7 +358,7 @@ impl Manifest {
                     .all(|c| c.is_ascii_alphanumeric() || "-_.+".contains(c))
         };
         let inside = |path: &str| {
-            let path = std::path::Path::new(path);
+            let path = Path::new(path);
             path.components().next().is_some()
                 && path
                     .components()
@@ -411,6 +463,13 @@ impl Manifest {
             format!(
                 "golden.tolerance: {} is out of range; expected 0-1",
                 self.golden.tolerance
+            ),
+        );
+        check(
+            self.golden.image.len() <= MAX_GOLDEN_IMAGES,
+            format!(
+                "golden.image: {} images; expected at most {MAX_GOLDEN_IMAGES}",
+                self.golden.image.len()
             ),
         );
         for golden in &self.golden.image {

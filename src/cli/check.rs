@@ -47,11 +47,13 @@ pub(super) fn check(global: &Global, args: &CheckArgs) -> Result<(), Failure> {
     }
     match daemon::prepare(config) {
         Err(more) => problems.extend(more),
-        Ok(prepared) if problems.is_empty() => {
-            println!("ok: {}", prepared.describe());
-            return Ok(());
+        Ok(prepared) => {
+            problems.extend(prepared.refused().iter().cloned());
+            if problems.is_empty() {
+                println!("ok: {}", prepared.describe());
+                return Ok(());
+            }
         }
-        Ok(_) => {}
     }
     Err(Failure::Configuration(problems))
 }

@@ -3,15 +3,15 @@
 use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use clap::Args;
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{Failure, Global};
-use crate::classifier::{Bundle, BundleError, Classifier};
+use crate::classifier::Classifier;
 use crate::config::Config;
+use crate::daemon::bundles;
 use crate::imaging::Picture;
 use crate::imaging::decode::{Limits, Source};
 use crate::imaging::heatmap::{Peak, SCALE};
@@ -26,7 +26,7 @@ pub(super) struct ClassifyArgs {
     /// Image files
     #[arg(required = true, value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// Model bundle; default: model.bundle of the configuration
+    /// Model bundle; default: the one that the daemon runs
     #[arg(long, value_name = "DIR")]
     bundle: Option<PathBuf>,
     /// Also draw where the score came from: a PNG for one picture, or into a folder that is there
@@ -49,7 +49,7 @@ pub(super) struct PreprocessArgs {
     /// Write a picture of the steps instead: grey, mask, contour, rectangle, crop
     #[arg(long)]
     explain: bool,
-    /// Model bundle; default: model.bundle of the configuration
+    /// Model bundle; default: the one that the daemon runs
     #[arg(long, value_name = "DIR")]
     bundle: Option<PathBuf>,
 }
@@ -90,11 +90,18 @@ struct Drawn {
     scale: f32,
 }
 
-fn load(global: &Global, bundle: Option<&PathBuf>) -> Result<(Config, Classifier), Failure> {
+/// The bundle in `dir`, or else the one that the daemon would run.
+fn load(global: &Global, dir: Option<&PathBuf>) -> Result<(Config, Classifier), Failure> {
     let config = global.load()?;
-    let refused = |BundleError(problems)| Failure::Configuration(problems);
-    let bundle = Bundle::read(bundle.unwrap_or(&config.model.bundle)).map_err(refused)?;
-    let classifier = Classifier::new(Arc::new(bundle), &config).map_err(refused)?;
+    let found = match dir {
+        Some(dir) => bundles::load(dir, &config).map(|classifier| (classifier, Vec::new())),
+        None => bundles::first(&config, |candidate| candidate.load(&config))
+            .map(|found| (found.loaded, found.refused)),
+    };
+    let (classifier, refused) = found.map_err(Failure::Configuration)?;
+    for line in refused {
+        eprintln!("{line}");
+    }
     Ok((config, classifier))
 }
 

@@ -7,6 +7,7 @@ mod dashboard;
 #[cfg(feature = "demo")]
 mod demo;
 mod ledger;
+mod model;
 mod run;
 mod simulate;
 
@@ -54,6 +55,9 @@ enum Verb {
     Preprocess(classify::PreprocessArgs),
     /// Serve the dashboard for one appliance or a whole fleet
     Dashboard,
+    /// Show, verify, install model bundles, and go back
+    #[command(subcommand)]
+    Model(model::ModelVerb),
     /// Everything in one process: broker, simulated scanner, daemon, dashboard
     #[cfg(feature = "demo")]
     Demo(demo::DemoArgs),
@@ -107,6 +111,7 @@ pub fn main() -> ExitCode {
         Verb::Check(args) => check::check(global, &args),
         Verb::Classify(args) => classify::classify(global, &args),
         Verb::Preprocess(args) => classify::preprocess(global, &args),
+        Verb::Model(verb) => model::model(global, &verb),
         Verb::Dashboard => dashboard::dashboard(global),
         #[cfg(feature = "demo")]
         Verb::Demo(args) => demo::demo(&args),

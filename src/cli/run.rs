@@ -1,11 +1,14 @@
 //! `run`: the daemon and its signals.
 
-use std::time::Instant;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Failure, Global, block_on};
+use crate::config::Config;
 use crate::daemon::{self, Control, Prepared};
+use crate::store::Models;
 use crate::{systemd, telemetry};
 
 pub(super) fn run(global: &Global) -> Result<(), Failure> {
@@ -17,7 +20,22 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
     block_on(serve(global, prepared, start))
 }
 
-/// Runs the daemon again and again, with the configuration of the latest SIGHUP, until SIGTERM or SIGINT.
+/// How often to look whether another model bundle has been installed.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// What comes from outside.
+enum Order {
+    Stop,
+    Reload {
+        /// By a hangup; otherwise another model is installed.
+        hangup: bool,
+        config: Result<Box<Config>, Failure>,
+        /// Whether another model than the installed one will do if that cannot be used.
+        may_fall: bool,
+    },
+}
+
+/// Runs the daemon again and again, with the configuration of the latest SIGHUP and the model that is installed, until SIGTERM or SIGINT.
 async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Result<(), Failure> {
     let listen =
         |kind| signal(kind).map_err(|e| Failure::Runtime(format!("signals: {e}; cannot listen")));
@@ -33,30 +51,67 @@ async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Resul
             systemd::ready();
         };
         let topic_base = prepared.topic_base();
+        let config = prepared.config().clone();
+        let models = Models::of(&config.state.dir);
+        let mut link = prepared.link().cloned();
+        let fallen = !prepared.refused().is_empty();
         let mut running = std::pin::pin!(daemon::run(prepared, control.clone(), ready, |_| {}));
         let mut next = None;
         let mut stopping = false;
         loop {
-            tokio::select! {
+            let free = !stopping && next.is_none();
+            let order = tokio::select! {
                 end = &mut running => {
                     end?;
                     break;
                 }
-                _ = terminate.recv() => stopping = true,
-                _ = interrupt.recv() => stopping = true,
-                _ = hangup.recv(), if !stopping && next.is_none() => {
-                    systemd::reloading();
-                    if let Some(prepared) = reload(global).await {
-                        control.stop_for_reload(prepared.topic_base() == topic_base);
-                        next = Some(prepared);
-                    } else {
-                        systemd::ready();
+                _ = terminate.recv() => Order::Stop,
+                _ = interrupt.recv() => Order::Stop,
+                _ = hangup.recv(), if free => Order::Reload {
+                    hangup: true,
+                    config: global.load().map(Box::new),
+                    may_fall: fallen,
+                },
+                another = another(&models, link.as_ref()), if free => {
+                    link = another;
+                    Order::Reload {
+                        hangup: false,
+                        config: Ok(Box::new(Config::clone(&config))),
+                        may_fall: false,
                     }
                 }
-            }
-            if stopping {
-                next = None;
-                stop(&control);
+            };
+            match order {
+                Order::Stop => {
+                    stopping = true;
+                    next = None;
+                    stop(&control);
+                }
+                Order::Reload {
+                    hangup,
+                    config,
+                    may_fall,
+                } => {
+                    systemd::reloading();
+                    match reload(config, may_fall).await {
+                        Ok(prepared) => {
+                            if hangup {
+                                tracing::info!("configuration read again");
+                            } else {
+                                tracing::info!("another model is installed");
+                            }
+                            control.stop_for_reload(prepared.topic_base() == topic_base);
+                            next = Some(prepared);
+                        }
+                        Err(problems) => {
+                            // The next change may have taken it away under our hands; that one is looked at soon.
+                            if hangup || models.link() == link {
+                                refuse(&control, &problems);
+                            }
+                            systemd::ready();
+                        }
+                    }
+                }
             }
         }
         match next {
@@ -72,22 +127,41 @@ fn stop(control: &Control) {
     control.stop();
 }
 
-/// Reads the configuration and loads the model anew; with any problem the old ones keep running.
-async fn reload(global: &Global) -> Option<Prepared> {
-    let problems = match global.load() {
-        Ok(config) => match tokio::task::spawn_blocking(move || daemon::prepare(config)).await {
-            Ok(Ok(prepared)) => {
-                tracing::info!("configuration read again");
-                return Some(prepared);
-            }
-            Ok(Err(problems)) => problems,
-            Err(error) => vec![error.to_string()],
-        },
-        Err(Failure::Configuration(problems)) => problems,
-        Err(_) => Vec::new(),
-    };
+fn refuse(control: &Control, problems: &[String]) {
     for problem in problems {
-        tracing::error!("not reloaded, the old configuration stays: {problem}");
+        tracing::error!("not reloaded, configuration and model stay as they are: {problem}");
     }
-    None
+    control.reload_refused();
+}
+
+/// Waits until the link to the installed model bundle holds something else than `known`.
+async fn another(models: &Models, known: Option<&PathBuf>) -> Option<PathBuf> {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let models = models.clone();
+        // A disk may hang.
+        if let Ok(link) = tokio::task::spawn_blocking(move || models.link()).await
+            && link.as_ref() != known
+        {
+            return link;
+        }
+    }
+}
+
+/// Loads what `config` names; every problem is one line. The installed model bundle has to be usable, unless the daemon runs another one already.
+async fn reload(
+    config: Result<Box<Config>, Failure>,
+    may_fall: bool,
+) -> Result<Prepared, Vec<String>> {
+    let config = match config {
+        Ok(config) => config,
+        Err(Failure::Configuration(problems)) => return Err(problems),
+        Err(_) => return Err(Vec::new()),
+    };
+    let prepared = tokio::task::spawn_blocking(move || daemon::prepare(*config)).await;
+    let prepared = prepared.map_err(|error| vec![error.to_string()])??;
+    if !may_fall && !prepared.refused().is_empty() {
+        return Err(prepared.refused().to_vec());
+    }
+    Ok(prepared)
 }

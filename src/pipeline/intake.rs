@@ -263,6 +263,8 @@ impl Intake {
                 () = sleep_until_some(next_late) => self.walks.begin_late(),
             }
         }
+        // The workers have stopwatches of their own.
+        self.turn.stop();
         let busy = self.workers.len() - self.idle.len();
         for _ in 0..busy {
             let report = reports.recv().await.ok_or(IntakeError::Orphaned)?;

@@ -23,6 +23,7 @@
 
 mod history;
 mod ledger;
+mod models;
 mod state_dir;
 
 use std::path::{Path, PathBuf};
@@ -35,6 +36,7 @@ pub use history::{Changes, History, HistoryReader, Retention};
 pub use ledger::{
     Claim, Ledger, NewOutcome, PictureOutcome, Recorded, Rejected, Selection, StudyGroup,
 };
+pub use models::{Change, Models, Source};
 use state_dir::{Lock, lock};
 pub use state_dir::{StateDir, free_bytes};
 

@@ -9,7 +9,7 @@ use super::StoreError;
 use crate::scan::{KEY_BYTES, PseudonymKey};
 
 const KEY: &str = "pseudonym.key";
-const LOCK: &str = "lock";
+pub(super) const LOCK: &str = "lock";
 
 /// The locked state directory. The lock is let go when this is dropped, or by the kernel when the process dies.
 #[derive(Debug)]

@@ -6,7 +6,8 @@ use std::process::{Command, Output};
 use serde_json::{Value, json};
 
 use crate::support::{
-    Appliance, FOUR_LABELS, Mosquitto, bundle, free_port, plain, png, slices, toy_bundle,
+    Appliance, FOUR_LABELS, Mosquitto, bundle, copy_folder, free_port, plain, png, slices,
+    toy_bundle,
 };
 
 fn run(arguments: &[&str]) -> Output {
@@ -505,16 +506,4 @@ fn a_tampered_model_is_refused() {
         "{}",
         stderr(&output)
     );
-}
-
-fn copy_folder(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy_folder(&entry.path(), &target);
-        } else {
-            std::fs::copy(entry.path(), target).unwrap();
-        }
-    }
 }

@@ -213,6 +213,8 @@ fn the_codes_in_the_schemas_are_the_programs() {
         Condition::OutboxFull,
         Condition::LedgerRebuilt,
         Condition::Paused,
+        Condition::ModelFallback,
+        Condition::ReloadRefused,
     ];
     assert_eq!(conditions, all.iter().map(|c| c.code()).collect());
     // The other way round, by the sources: no code is left out.

@@ -15,6 +15,7 @@ mod home_assistant;
 mod layers;
 mod main_job;
 mod messages;
+mod models;
 mod packaging;
 mod parity;
 mod smoke;

@@ -56,6 +56,18 @@ pub fn png(level: impl Fn(u32, u32) -> u8) -> Vec<u8> {
     bytes.into_inner()
 }
 
+pub fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy_folder(&entry.path(), &target);
+        } else {
+            std::fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
 /// Names and bytes of the files in `folder`, by name; `None` if it is not there.
 pub fn files_in(folder: &Path) -> Option<Vec<(String, Vec<u8>)>> {
     let read = |entry: std::fs::DirEntry| {
@@ -270,7 +282,7 @@ impl Mosquitto {
     }
 }
 
-fn is_root() -> bool {
+pub fn is_root() -> bool {
     use std::os::unix::fs::MetadataExt as _;
     std::fs::metadata("/proc/self").is_ok_and(|m| m.uid() == 0)
 }
@@ -530,6 +542,29 @@ impl Appliance {
         let mut process = self.process.take().expect("the daemon runs");
         process.signal("TERM");
         process.exit_code()
+    }
+
+    /// Freezes the threads whose names begin with `prefix`, until the result is dropped.
+    pub fn freeze(&self, prefix: &str) -> Process {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/freeze.py");
+        let pid = self.process.as_ref().unwrap().0.id().to_string();
+        let mut freezer = Process::spawn(
+            Command::new("python3")
+                .arg(script)
+                .args([&pid, prefix])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped()),
+        );
+        let mut held = String::new();
+        BufReader::new(freezer.0.stdout.as_mut().unwrap())
+            .read_line(&mut held)
+            .unwrap();
+        let held: usize = held
+            .trim()
+            .parse()
+            .expect("threads can be stopped: as root, or with kernel.yama.ptrace_scope = 0");
+        assert!(held > 0, "there is no thread {prefix}");
+        freezer
     }
 
     /// `status --json`.

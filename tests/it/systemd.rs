@@ -1,12 +1,9 @@
 //! The word to systemd, heard at a real notification socket: readiness, reloads, status, and a watchdog that work feeds and not a clock.
 
-use std::io::{BufRead as _, BufReader};
 use std::os::unix::net::UnixDatagram;
-use std::path::Path;
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::support::{Appliance, Mosquitto, Process, pause, slices, wait_for};
+use crate::support::{Appliance, Mosquitto, pause, slices, wait_for};
 
 /// What the daemon is told of the watchdog; half of it is what a loop may be silent.
 const WATCHDOG: Duration = Duration::from_secs(6);
@@ -59,29 +56,6 @@ impl Supervised {
     fn wait_for(&mut self, start: &str) {
         let before = self.count(start);
         wait_for(start, || self.count(start) > before);
-    }
-
-    /// Freezes the threads whose names begin with `prefix`, until the result is dropped.
-    fn freeze(&self, prefix: &str) -> Process {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/freeze.py");
-        let pid = self.appliance.process.as_ref().unwrap().0.id().to_string();
-        let mut freezer = Process::spawn(
-            Command::new("python3")
-                .arg(script)
-                .args([&pid, prefix])
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped()),
-        );
-        let mut held = String::new();
-        BufReader::new(freezer.0.stdout.as_mut().unwrap())
-            .read_line(&mut held)
-            .unwrap();
-        let held: usize = held
-            .trim()
-            .parse()
-            .expect("threads can be stopped: as root, or with kernel.yama.ptrace_scope = 0");
-        assert!(held > 0, "there is no thread {prefix}");
-        freezer
     }
 
     /// Waits until the watchdog would have struck.
@@ -140,7 +114,7 @@ fn a_ledger_that_stands_still_starves_the_watchdog() {
     let mut supervised = Supervised::new(&broker);
     supervised.appliance.start();
     supervised.wait_for("WATCHDOG=1");
-    let freezer = supervised.freeze("store");
+    let freezer = supervised.appliance.freeze("store");
     for (number, slice) in slices(2).iter().enumerate() {
         supervised
             .appliance
@@ -160,7 +134,7 @@ fn workers_may_rest_but_one_that_hangs_starves_the_watchdog_and_ends_the_process
     let mut supervised = Supervised::new(&broker);
     supervised.appliance.start();
     supervised.wait_for("WATCHDOG=1");
-    let freezer = supervised.freeze("worker");
+    let freezer = supervised.appliance.freeze("worker");
     // With nothing to do they are missed by nobody.
     let rest = Instant::now();
     wait_for("rest", || rest.elapsed() > WATCHDOG);

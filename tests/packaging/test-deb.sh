@@ -123,6 +123,20 @@ exposure=$(on systemd-analyze security scansentry --no-pager | tail -n 1)
 on journalctl -u scansentry -o json --no-pager | has '"F_DECISION":"' || fail "no journal fields"
 memory=$(on sed -n "s/^VmHWM:[[:space:]]*\([0-9]*\).*/\1/p" "/proc/$(show MainPID)/status")
 
+step "another model under the running daemon, and back"
+pid=$(show MainPID)
+model_says() { health | has "\"version\":\"$1\",\"sha256\""; }
+shipped=$(sed -n 's/^version = "\(.*\)"$/\1/p' $root/usr/share/scansentry/models/braintumor/manifest.toml)
+# Readable by root only.
+on sh -c 'umask 077 && cp -r /usr/share/scansentry/models/braintumor /root/model && sed -i "s/^version = .*/version = \"9-test\"/" /root/model/manifest.toml'
+on scansentry model install /root/model | has "installed: braintumor 9-test" || fail "model install"
+[ -z "$(on find /var/lib/scansentry ! -user scansentry)" ] || fail "not all of the state directory is the daemon's"
+eventually "the other model" model_says 9-test
+on scansentry model show --json | has '"place":"installed"' || fail "model show"
+on scansentry model rollback | has "back to: braintumor $shipped (configured)" || fail "model rollback"
+eventually "the model of before" model_says "$shipped"
+[ "$(show MainPID)" = "$pid" ] && [ "$(show ActiveState)" = active ] || fail "a swap is not a restart"
+
 step "reload, crash, watchdog"
 pid=$(show MainPID)
 on systemctl reload scansentry

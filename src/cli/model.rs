@@ -1,0 +1,248 @@
+//! `model`: which bundle runs, checking one, installing one, going back.
+
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use clap::Subcommand;
+use serde_json::{Value, json};
+
+use super::{Failure, Global};
+use crate::classifier::{Bundle, Classifier, SignatureState};
+use crate::config::Config;
+use crate::daemon::bundles::{self, Candidate, Unchanged};
+use crate::store::{Models, Source};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ModelVerb {
+    /// Which model bundle runs here, and to which one `rollback` would go
+    Show {
+        /// One JSON object instead of lines for people
+        #[arg(long)]
+        json: bool,
+    },
+    /// Check a bundle completely: signature, hash, tensors, golden images; list every problem
+    Verify {
+        /// Folder of the bundle; default: the installed one, else the configured one
+        dir: Option<PathBuf>,
+    },
+    /// Check a bundle and make it the one that runs; a running daemon takes it over within seconds
+    Install {
+        /// Folder of the bundle
+        dir: PathBuf,
+    },
+    /// Go back to the bundle before the installed one, in the end to the configured one
+    Rollback,
+}
+
+pub(super) fn model(global: &Global, verb: &ModelVerb) -> Result<(), Failure> {
+    let config = global.load()?;
+    if let Err(error) = Models::of(&config.state.dir).current()
+        && error.kind() == std::io::ErrorKind::PermissionDenied
+    {
+        return Err(failure(&config, Unchanged::Failed(error)));
+    }
+    match verb {
+        ModelVerb::Verify { dir: Some(_) } | ModelVerb::Install { .. } => {}
+        // As the daemon sees it; and whatever its user may have put there is not root's to run.
+        _ => become_owner(&config.state.dir)?,
+    }
+    match verb {
+        ModelVerb::Show { json } => show(&config, *json),
+        ModelVerb::Verify { dir } => verify(&config, dir.as_deref()),
+        ModelVerb::Install { dir } => install(&config, dir),
+        ModelVerb::Rollback => rollback(&config),
+    }
+}
+
+fn show(config: &Config, as_json: bool) -> Result<(), Failure> {
+    let found = bundles::first(config, |candidate| candidate.verify(config))
+        .map_err(Failure::Configuration)?;
+    let (classifier, candidate) = (found.loaded, found.candidate);
+    let before = bundles::before(config);
+    if as_json {
+        let mut shown = described(&candidate, &classifier);
+        shown["refused"] = json!(found.refused);
+        shown["rollback"] = match &before {
+            Some(Ok(found)) => described(&found.candidate, &found.loaded),
+            _ => Value::Null,
+        };
+        println!("{shown}");
+        return Ok(());
+    }
+    let bundle = classifier.bundle();
+    let manifest = &bundle.manifest;
+    let line = |name: &str, value: &str| println!("{name:<12} {value}");
+    line("model", &title(bundle));
+    line("", &manifest.description);
+    line("use", &manifest.intended_use);
+    line("sha256", &bundle.model_ref.sha256);
+    line("manifest", &bundle.manifest_sha256);
+    line("signature", signature_text(bundle.signature));
+    line("labels", &labels(bundle));
+    let rule = &manifest.decision;
+    let band = rule
+        .indeterminate
+        .map(|[low, high]| format!(", indeterminate from {low} to {high}"));
+    let threshold = format!("{}{}", rule.threshold, band.as_deref().unwrap_or_default());
+    line("threshold", &threshold);
+    let golden = &manifest.golden;
+    let images = golden.image.len();
+    line(
+        "golden",
+        &format!("{images} images within {}", golden.tolerance),
+    );
+    line("engine", &classifier.engine_info().to_string());
+    line("place", &place(&candidate));
+    let back = match &before {
+        None => "nothing is installed".to_owned(),
+        Some(Err(_)) => "no bundle that can be used".to_owned(),
+        Some(Ok(found)) => {
+            let title = title(found.loaded.bundle());
+            format!("{title}, {}", place(&found.candidate))
+        }
+    };
+    line("rollback to", &back);
+    for problem in found.refused {
+        line("refused", &problem);
+    }
+    Ok(())
+}
+
+fn title(bundle: &Bundle) -> String {
+    format!("{} {}", bundle.model_ref.name, bundle.model_ref.version)
+}
+
+fn place(candidate: &Candidate) -> String {
+    format!("{}: {}", candidate.place.as_str(), candidate.dir.display())
+}
+
+fn labels(bundle: &Bundle) -> String {
+    let output = &bundle.manifest.output;
+    let labels = output.labels.iter().map(|label| {
+        let sign = if output.positive.contains(label) {
+            " (positive)"
+        } else {
+            ""
+        };
+        format!("{label}{sign}")
+    });
+    labels.collect::<Vec<_>>().join(", ")
+}
+
+fn signature_text(state: SignatureState) -> &'static str {
+    match state {
+        SignatureState::Valid => "valid, by model.public_key",
+        SignatureState::Unchecked => "not checked: model.public_key is not set",
+        SignatureState::None => "none, and model.public_key is not set",
+    }
+}
+
+fn described(candidate: &Candidate, classifier: &Classifier) -> Value {
+    let bundle = classifier.bundle();
+    let manifest = &bundle.manifest;
+    json!({
+        "place": candidate.place,
+        "dir": candidate.dir.display().to_string(),
+        "name": bundle.model_ref.name,
+        "version": bundle.model_ref.version,
+        "sha256": bundle.model_ref.sha256,
+        "manifest_sha256": bundle.manifest_sha256,
+        "signature": bundle.signature,
+        "description": manifest.description,
+        "intended_use": manifest.intended_use,
+        "labels": manifest.output.labels,
+        "positive": manifest.output.positive,
+        "threshold": manifest.decision.threshold,
+        "indeterminate": manifest.decision.indeterminate,
+        "golden": { "images": manifest.golden.image.len(), "tolerance": manifest.golden.tolerance },
+        "engine": classifier.engine_info().to_string(),
+    })
+}
+
+fn verify(config: &Config, dir: Option<&Path>) -> Result<(), Failure> {
+    let checked = match dir {
+        Some(dir) => bundles::verify(dir, config).map(|classifier| (classifier, Vec::new())),
+        None => bundles::first(config, |candidate| candidate.verify(config))
+            .map(|found| (found.loaded, found.refused)),
+    };
+    let (classifier, refused) = checked.map_err(Failure::Configuration)?;
+    if !refused.is_empty() {
+        return Err(Failure::Configuration(refused));
+    }
+    let bundle = classifier.bundle();
+    println!(
+        "ok: {}; {} golden images on {}; signature {}",
+        title(bundle),
+        bundle.manifest.golden.image.len(),
+        classifier.engine_info(),
+        signature_text(bundle.signature)
+    );
+    Ok(())
+}
+
+fn install(config: &Config, dir: &Path) -> Result<(), Failure> {
+    // As whoever called, who may read what the daemon's user may not.
+    let source = Source::open(dir).map_err(Failure::Configuration)?;
+    become_owner(&config.state.dir)?;
+    let (classifier, anew) =
+        bundles::install(config, source).map_err(|unchanged| failure(config, unchanged))?;
+    let title = title(classifier.bundle());
+    if anew {
+        println!("installed: {title}; a running daemon takes it over within a few seconds");
+    } else {
+        println!("unchanged: {title} is installed already");
+    }
+    Ok(())
+}
+
+fn rollback(config: &Config) -> Result<(), Failure> {
+    let found = bundles::rollback(config).map_err(|unchanged| failure(config, unchanged))?;
+    for line in found.refused {
+        eprintln!("{line}");
+    }
+    println!(
+        "back to: {} ({}); a running daemon takes it over within a few seconds",
+        title(found.loaded.bundle()),
+        found.candidate.place.as_str()
+    );
+    Ok(())
+}
+
+fn failure(config: &Config, unchanged: Unchanged) -> Failure {
+    match unchanged {
+        Unchanged::Refused(problems) => Failure::Configuration(problems),
+        Unchanged::NotInstalled => Failure::Runtime(
+            "model: nothing is installed, the configured bundle runs; there is nothing to go back from".into(),
+        ),
+        Unchanged::Failed(error) => Failure::Runtime(format!(
+            "state.dir: {}: {error}; run as root or as the user of the daemon, with room on the disk",
+            config.state.dir.display()
+        )),
+    }
+}
+
+/// From here on this process is the owner of the state directory, if it was root: what it writes belongs to the daemon's user, and nothing
+/// that this user can put there leads root astray. There is one thread yet; those that come are the owner's, too.
+fn become_owner(state_dir: &Path) -> Result<(), Failure> {
+    rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
+    let Ok(metadata) = std::fs::metadata(state_dir) else {
+        return Ok(());
+    };
+    if !rustix::process::geteuid().is_root() || metadata.uid() == 0 {
+        return Ok(());
+    }
+    let (user, group) = (
+        rustix::fs::Uid::from_raw(metadata.uid()),
+        rustix::fs::Gid::from_raw(metadata.gid()),
+    );
+    rustix::thread::set_thread_groups(&[])
+        .and_then(|()| rustix::thread::set_thread_res_gid(group, group, group))
+        .and_then(|()| rustix::thread::set_thread_res_uid(user, user, user))
+        .map_err(|e| {
+            Failure::Runtime(format!(
+                "state.dir: {}: cannot become its owner, user {} ({e}); run as that user",
+                state_dir.display(),
+                metadata.uid()
+            ))
+        })
+}
