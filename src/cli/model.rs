@@ -79,12 +79,7 @@ fn show(config: &Config, as_json: bool) -> Result<(), Failure> {
     line("manifest", &bundle.manifest_sha256);
     line("signature", signature_text(bundle.signature));
     line("labels", &labels(bundle));
-    let rule = &manifest.decision;
-    let band = rule
-        .indeterminate
-        .map(|[low, high]| format!(", indeterminate from {low} to {high}"));
-    let threshold = format!("{}{}", rule.threshold, band.as_deref().unwrap_or_default());
-    line("threshold", &threshold);
+    line("decision", &classifier.rule().to_string());
     let golden = &manifest.golden;
     let images = golden.image.len();
     line(
@@ -152,8 +147,9 @@ fn described(candidate: &Candidate, classifier: &Classifier) -> Value {
         "intended_use": manifest.intended_use,
         "labels": manifest.output.labels,
         "positive": manifest.output.positive,
-        "threshold": manifest.decision.threshold,
-        "indeterminate": manifest.decision.indeterminate,
+        "threshold": classifier.rule().rule.threshold,
+        "indeterminate": classifier.rule().rule.indeterminate,
+        "decision_rule": classifier.rule().owner,
         "golden": { "images": manifest.golden.image.len(), "tolerance": manifest.golden.tolerance },
         "engine": classifier.engine_info().to_string(),
     })
