@@ -79,6 +79,7 @@ def write(
         "model": {"element": form(file), "bytes": len(file.data), "sha256": manifest["sha256"]},
         "operators": [{"name": name, "version": version, "count": count} for name, version, count in file.operators if count],
         "newer_than_tensorflow_lite_1_15": file.newer_than_1_15(),
+        "wrong_on_tensorflow_lite_1_15": file.wide_pools(),
         "float_operators": file.float_operators() if integer(file) else [],
         "kernel_spread": round(spread, 6),
         "golden": [round(image["probability"], 6) for image in golden],
@@ -124,9 +125,11 @@ def operators(file: File) -> str:
 
 
 def engines(file: File) -> str:
-    newer = file.newer_than_1_15()
-    if newer:
-        return f"LiteRT only (64-bit boards and PCs); TensorFlow Lite 1.15, for armhf, does not have {', '.join(newer)}"
+    newer, wide = file.newer_than_1_15(), file.wide_pools()
+    reasons = [f"does not have {', '.join(newer)}"] if newer else []
+    reasons += [f"gives wrong numbers for {', '.join(wide)}"] if wide else []
+    if reasons:
+        return f"LiteRT only (64-bit boards and PCs); TensorFlow Lite 1.15, for armhf, {' and '.join(reasons)}"
     rounding = integer(file) and any(name == "MEAN" for name, _, _ in file.operators)
     return "LiteRT and TensorFlow Lite 1.15" + ("; on 32-bit ARM the latter's integer MEAN is one step off" if rounding else "")
 
@@ -262,10 +265,11 @@ def put_in_place(made: Path, out: Path) -> None:
         made.rename(out)
         return
     aside = made.with_name(made.name + ".old")
-    out.rename(aside)
     try:
+        out.rename(aside)
         made.rename(out)
-    except OSError:
-        aside.rename(out)
+    except BaseException:  # an interrupt, too
+        if aside.exists() and not out.exists():
+            aside.rename(out)
         raise
     shutil.rmtree(aside)

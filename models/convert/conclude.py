@@ -73,11 +73,12 @@ def real(end: End, level: int) -> float:
 def outputs(model: Graph | File) -> tuple[int, int, int | None]:
     """Which output has the scores, how many they are, and which output is a class activation map."""
 
-    def is_map(shape: list[int]) -> bool:
-        return (len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)) and shape[0] == 1 and shape[1] * shape[2] > 1
-
     def is_scores(shape: list[int]) -> bool:
         return len(shape) >= 1 and shape[-1] >= 1 and all(n == 1 for n in shape[:-1])
+
+    def is_map(shape: list[int]) -> bool:
+        spread = (len(shape) == 3 or (len(shape) == 4 and shape[3] == 1)) and shape[0] == 1 and shape[1] * shape[2] > 1
+        return spread and not is_scores(shape)
 
     shapes = [[abs(n) if i == 0 else n for i, n in enumerate(end.shape)] for end in model.outputs]
     maps = [i for i, shape in enumerate(shapes) if is_map(shape)]

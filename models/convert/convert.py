@@ -142,8 +142,8 @@ def main() -> int:
 
 def convert(args: argparse.Namespace) -> None:
     """Everything from the options to the bundle."""
-    out = args.out.absolute()
-    if (out.exists() or out.is_symlink()) and not args.force:
+    out = args.out.resolve()  # what a link leads to is replaced, not the link
+    if (out.exists() or args.out.is_symlink()) and not args.force:
         raise Refused(f"out: {args.out}: is there already; give another folder, or --force to replace it")
     if out.exists() and not (out / "manifest.toml").is_file():
         raise Refused(f"out: {args.out}: is no model bundle and is not replaced; give another folder")

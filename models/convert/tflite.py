@@ -19,6 +19,8 @@ CARRIERS = {"CAST", "DEQUANTIZE", "GATHER", "PAD", "QUANTIZE", "RESHAPE", "RESIZ
 CARRIERS |= {"CONCATENATION", "PACK", "REVERSE_V2", "SPLIT", "SQUEEZE", "STRIDED_SLICE", "TRANSPOSE", "UNPACK"}
 ARITHMETIC = {"ADD", "DIV", "MUL", "SUB"}
 WEIGHTED = {"AVERAGE_POOL_2D", "BATCH_MATMUL", "CONV_2D", "FULLY_CONNECTED", "MEAN"}
+# Most 8-bit numbers whose sum is sure to fit 16 bits.
+POOLED = 256
 
 
 @dataclasses.dataclass
@@ -150,6 +152,17 @@ class File:
         """Operators that TensorFlow Lite 1.15 does not have, or only in older versions; SHAPE leaves the output open there."""
         newer = [f"{name} version {version}" for name, version, _ in self.operators if version > flatfile.TFLITE_1_15.get(name, 0)]
         return newer + [f"{name} (open sizes)" for name, _, count in self.operators if name == "SHAPE" and count]
+
+    def wide_pools(self) -> list[str]:
+        """Integer average pools over so many cells that the 16 bits in which TensorFlow Lite 1.15 adds them up can overflow."""
+        found = set()
+        for operator in self.graph.operators:
+            if self.name(operator) != "AVERAGE_POOL_2D":
+                continue
+            options, element = operator.builtinOptions, self.graph.tensors[operator.outputs[0]].type
+            if options.filterHeight * options.filterWidth > POOLED and element != schema.TensorType.FLOAT32:
+                found.add(f"AVERAGE_POOL_2D of {options.filterWidth}x{options.filterHeight}")
+        return sorted(found)
 
     def float_operators(self) -> list[str]:
         """Operators that work with floating-point numbers, but for those at the borders to the integer ones."""

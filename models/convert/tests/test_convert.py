@@ -21,6 +21,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["KERAS_BACKEND"] = "tensorflow"
 HERE = Path(__file__).resolve().parent
 sys.path += [str(HERE.parent), str(HERE.parent.parent / "training")]
+import assemble
+import conclude
 import convert
 import cv2
 import keras
@@ -28,6 +30,7 @@ import numpy as np
 import phantom
 import tensorflow as tf
 import tf_keras
+import tflite
 from preprocess import brain_roi
 from reference import Bundle
 
@@ -322,6 +325,18 @@ class Converted(unittest.TestCase):
         picture = str(shipped / "golden/phantom-lesion.png")
         self.assertEqual(Bundle(out).classify(picture)["probability"], Bundle(shipped).classify(picture)["probability"])
 
+    def test_an_integer_pool_over_many_cells_is_not_for_tensorflow_lite_1_15(self) -> None:
+        layers = keras.layers
+        for cells, expected in ((14, []), (28, ["AVERAGE_POOL_2D of 28x28"])):
+            image = keras.Input((cells, cells, 3))
+            model = keras.Model(image, layers.Dense(1)(layers.Flatten()(layers.AveragePooling2D(cells)(image))))
+            pictures = rgb(cells, cells)
+            graph = tflite.Graph(lambda x, model=model: [model(x)], cells, cells, 3)
+            integer = tflite.File(graph.convert(list(pictures)))
+            self.assertEqual(integer.wide_pools(), expected)
+            self.assertEqual("LiteRT only" in assemble.engines(integer), bool(expected))
+            self.assertEqual(tflite.File(graph.convert(None)).wide_pools(), [])
+
     def test_a_model_that_int8_ruins_is_told_and_can_stay_float(self) -> None:
         # One unit of a layer has weights 300 times the others', and nothing comes of it: the others round to 0.
         model = sequential()
@@ -457,6 +472,42 @@ class Refusals(unittest.TestCase):
         self.assertRegex(
             run(shipped, IMAGES, *options, "--force", code=1).stderr, "out: .*images: is no model bundle and is not replaced"
         )
+
+    def test_a_link_to_a_bundle_is_replaced_where_it_leads(self) -> None:
+        there, link = ROOT / "linked", ROOT / "link"
+        shipped = HERE.parent.parent / "braintumor/model.tflite"
+        options = ["--normalize", "mean-std:127:128"]
+        run(shipped, there, *options)
+        link.symlink_to(there)
+        run(shipped, link, *options, "--version", "2", "--force")
+        self.assertTrue(link.is_symlink())
+        self.assertIn('version = "2"', (there / "manifest.toml").read_text())
+
+    def test_an_interrupt_leaves_the_bundle_that_was_there(self) -> None:
+        made, out = ROOT / "made", ROOT / "kept"
+        for folder, text in ((made, "new"), (out, "old")):
+            folder.mkdir()
+            (folder / "manifest.toml").write_text(text)
+        rename = Path.rename
+
+        def interrupted(self: Path, target: Path) -> Path:
+            if self == made:
+                raise KeyboardInterrupt
+            return rename(self, target)
+
+        with mock.patch.object(Path, "rename", interrupted), self.assertRaises(KeyboardInterrupt):
+            assemble.put_in_place(made, out)
+        self.assertEqual((out / "manifest.toml").read_text(), "old")
+        assemble.put_in_place(made, out)
+        self.assertEqual(((out / "manifest.toml").read_text(), made.exists()), ("new", False))
+
+    def test_scores_with_an_axis_more_are_no_map(self) -> None:
+        def found(*shapes: list[int]) -> tuple[int, int, int | None]:
+            ends = [tflite.End("float32", shape, 0.0, 0) for shape in shapes]
+            return conclude.outputs(mock.Mock(outputs=ends))
+
+        self.assertEqual(found([1, 1, 4]), (0, 4, None))
+        self.assertEqual(found([1, 7, 7], [1, 1, 4]), (1, 4, 0))
 
     def test_usage(self) -> None:
         self.check("usage: .*--normalize.*mean-std:1:0", self.good, "--normalize", "mean-std:1:0", code=2)
