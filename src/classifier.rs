@@ -138,7 +138,7 @@ fn read_model(dir: &Path, manifest: &Manifest) -> Result<Vec<u8>, String> {
 }
 
 /// The runtime that the configuration wants, if this build has it.
-fn runtime(wanted: EngineChoice) -> Result<Runtime, BundleError> {
+pub fn runtime(wanted: EngineChoice) -> Result<Runtime, BundleError> {
     let wanted = match wanted {
         EngineChoice::Auto => return Ok(engine::RUNTIMES[0]),
         EngineChoice::LiteRt => Runtime::LiteRt,
@@ -250,12 +250,13 @@ impl Classifier {
     }
 
     /// Runs the bundle's golden images, which must give their recorded probabilities within the manifest's tolerance.
+    /// A problem names them by their number in the manifest, from 1: it goes into the log, which holds no file names.
     pub fn verify_golden(&mut self) -> Result<(), BundleError> {
         let bundle = self.bundle.clone();
         let golden = &bundle.manifest.golden;
         let limits = Limits::default();
         let mut problems = Vec::new();
-        for image in &golden.image {
+        for (number, image) in (1..).zip(&golden.image) {
             let outcome = read_bounded(&bundle.dir.join(&image.file), MAX_GOLDEN)
                 .map_err(|e| e.to_string())
                 .and_then(|bytes| {
@@ -267,10 +268,10 @@ impl Classifier {
             match outcome {
                 Ok(found) if (found.prediction.probability - image.probability).abs() <= golden.tolerance => {}
                 Ok(found) => problems.push(format!(
-                    "model.bundle: golden image {} gives {:.4}, recorded {:.4} with tolerance {}; the model does not work as it should here",
-                    image.file, found.prediction.probability, image.probability, golden.tolerance
+                    "model.bundle: golden image {number} gives {:.4}, recorded {:.4} with tolerance {}; the model does not work as it should here",
+                    found.prediction.probability, image.probability, golden.tolerance
                 )),
-                Err(error) => problems.push(format!("model.bundle: golden image {}: {error}; install the bundle again", image.file)),
+                Err(error) => problems.push(format!("model.bundle: golden image {number}: {error}; install the bundle again")),
             }
         }
         if problems.is_empty() {

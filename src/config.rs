@@ -209,16 +209,24 @@ impl Decision {
     /// What is wrong whatever the model's own rule is.
     fn check(&self, fail: &mut impl FnMut(String)) {
         // A band alone has to hold the model's threshold, which is not known here.
-        let own = self.parts().map(|(threshold, band)| DecisionRule {
-            threshold: threshold.unwrap_or(match band {
-                Band::Own([low, high]) => f64::midpoint(low, high),
-                Band::Models | Band::Off => 0.5,
-            }),
-            indeterminate: None,
-        });
-        match own.and_then(|own| self.over(&own)) {
-            Ok(_) => {}
-            Err(lines) => lines.into_iter().for_each(fail),
+        let possible = |low: f64, high: f64| {
+            0.0 <= low && low <= high && high <= 1.0 && low < 1.0 && high > 0.0
+        };
+        let own = match self.parts() {
+            Ok((None, Band::Own([low, high]))) if !possible(low, high) => Err(vec![format!(
+                "decision.indeterminate: [{low}, {high}] is out of range; expected [low, high] around the threshold, from 0 to 1"
+            )]),
+            Ok((None, _)) => Ok(()),
+            Ok((Some(threshold), _)) => self
+                .over(&DecisionRule {
+                    threshold,
+                    indeterminate: None,
+                })
+                .map(|_| ()),
+            Err(lines) => Err(lines),
+        };
+        if let Err(lines) = own {
+            lines.into_iter().for_each(fail);
         }
     }
 }
@@ -1277,11 +1285,23 @@ mod tests {
             ),
             (
                 "indeterminate = [0.7, 0.6]",
-                "decision.indeterminate: [0.7, 0.6] does not hold",
+                "decision.indeterminate: [0.7, 0.6] is out of range",
             ),
             (
                 "indeterminate = [-0.1, 0.6]",
-                "decision.indeterminate: [-0.1, 0.6] does not hold",
+                "decision.indeterminate: [-0.1, 0.6] is out of range",
+            ),
+            (
+                "indeterminate = [0, 0]",
+                "decision.indeterminate: [0, 0] is out of range",
+            ),
+            (
+                "indeterminate = [1, 1]",
+                "decision.indeterminate: [1, 1] is out of range",
+            ),
+            (
+                "indeterminate = [nan, 0.5]",
+                "decision.indeterminate: [NaN, 0.5] is out of range",
             ),
             (
                 "threshold = 0.8\nindeterminate = [0.4, 0.6]",

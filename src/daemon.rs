@@ -101,17 +101,42 @@ impl Prepared {
     }
 }
 
+/// What is read from the files that a configuration names, credentials above all; each error is one line.
+#[derive(Debug)]
+pub struct Files {
+    /// For the broker.
+    pub settings: Result<Settings, String>,
+    /// For the web server; `None` where it is off.
+    http: Result<Option<http::Settings>, String>,
+}
+
+impl Files {
+    /// Reads what `config` names.
+    pub fn of(config: &Config) -> Self {
+        Self {
+            settings: settings(config),
+            http: web(config),
+        }
+    }
+}
+
 /// Checks and loads what `config` names; every problem is one line.
 pub fn prepare(config: Config) -> Result<Prepared, Vec<String>> {
+    let files = Files::of(&config);
+    prepare_with(config, files)
+}
+
+/// [`prepare`], with the files read already.
+pub fn prepare_with(config: Config, files: Files) -> Result<Prepared, Vec<String>> {
     let mut problems = Vec::new();
-    let settings = settings(&config).map_err(|line| problems.push(line));
+    let settings = files.settings.map_err(|line| problems.push(line));
     // Read first: should it change meanwhile, the daemon loads once more.
     let link = Models::of(&config.state.dir).link();
     let found = bundles::first(&config, |candidate| {
-        classifiers(candidate.verify(&config)?, &config)
+        Ok(classifiers(candidate.verify(&config)?, &config)?)
     });
     let found = found.map_err(|lines| problems.extend(lines));
-    let http = web(&config).map_err(|line| problems.push(line));
+    let http = files.http.map_err(|line| problems.push(line));
     let (Ok(settings), Ok(found), Ok(http)) = (settings, found, http) else {
         return Err(problems);
     };
@@ -132,11 +157,10 @@ pub fn prepare(config: Config) -> Result<Prepared, Vec<String>> {
 }
 
 /// One for each worker.
-fn classifiers(first: Classifier, config: &Config) -> Result<Vec<Classifier>, Vec<String>> {
+fn classifiers(first: Classifier, config: &Config) -> Result<Vec<Classifier>, BundleError> {
     let bundle = first.bundle().clone();
     let rest = (1..config.pipeline.worker_count()).map(|_| Classifier::new(bundle.clone(), config));
-    let all: Result<_, _> = std::iter::once(Ok(first)).chain(rest).collect();
-    all.map_err(|BundleError(lines)| lines)
+    std::iter::once(Ok(first)).chain(rest).collect()
 }
 
 /// The broker settings of `config`, with the files they name read.

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use sd_notify::NotifyState;
 
-/// How long a start may take beyond systemd's own patience: the ledger is checked after a crash, which is slow on a slow card.
-const LONG_START: Duration = Duration::from_mins(10);
+/// How long each half of a start may take beyond systemd's own patience: up to 100 golden images of a large model on a slow board, and the
+/// ledger's check after a crash, on a slow card.
+const LONG_START: Duration = Duration::from_mins(30);
 
 /// Whether there is a service manager to tell.
 pub fn listens() -> bool {
@@ -36,7 +37,7 @@ pub fn stopping() {
     notify(&[NotifyState::Stopping]);
 }
 
-/// A start that may take long begins.
+/// A half of the start that may take long begins: the model, then the ledger.
 pub fn starting() {
     let micros = u32::try_from(LONG_START.as_micros()).unwrap_or(u32::MAX);
     notify(&[NotifyState::ExtendTimeoutUsec(micros)]);

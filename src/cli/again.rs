@@ -8,7 +8,7 @@ use clap::{ArgGroup, Args, Subcommand};
 use serde::de::{DeserializeOwned, IntoDeserializer as _, value::Error};
 use serde_json::json;
 
-use super::ledger::{Access, open};
+use super::ledger::{Access, open, printable};
 use super::{Failure, Global};
 use crate::commands::{PAGE, still_there};
 use crate::message::{ReprocessMessage, rfc3339_seconds};
@@ -125,12 +125,9 @@ fn list(global: &Global, json: bool) -> Result<(), Failure> {
     let unsaid = |e: std::io::Error| Failure::Runtime(format!("standard output: {e}"));
     for scan in ledger.rejected()? {
         let at = rfc3339_seconds(scan.at);
-        let files: Vec<_> = scan
-            .places
-            .iter()
-            .map(|p| folder.join(p).display().to_string())
-            .collect();
+        let files: Vec<_> = scan.places.iter().map(|p| folder.join(p)).collect();
         if json {
+            let files: Vec<_> = files.iter().map(|f| f.display().to_string()).collect();
             let line = json!({
                 "scan_id": scan.scan_id, "code": scan.code, "message": scan.message, "at": at, "queued": scan.again, "files": files,
             });
@@ -142,7 +139,10 @@ fn list(global: &Global, json: bool) -> Result<(), Failure> {
         let message = scan.message.unwrap_or_default();
         let files = match &files[..] {
             [] => "the file has gone or holds something else by now".to_owned(),
-            files => files.join("\n    "),
+            files => {
+                let files: Vec<_> = files.iter().map(|f| printable(f)).collect();
+                files.join("\n    ")
+            }
         };
         writeln!(out, "{id} {at} {code:<16} {message}{queued}\n    {files}").map_err(unsaid)?;
     }

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Failure, Global, block_on};
+use super::{Failure, Global, become_owner, block_on};
 use crate::config::Config;
-use crate::daemon;
+use crate::daemon::{self, Files};
 use crate::mqtt::{Event, Session};
 use crate::store::{DATABASE, Ledger};
 
@@ -20,12 +20,15 @@ pub(super) struct CheckArgs {
 
 pub(super) fn check(global: &Global, args: &CheckArgs) -> Result<(), Failure> {
     let config = global.load()?;
+    let files = Files::of(&config);
+    // As the daemon sees the rest; and what its user put into the state directory is not root's to run.
+    become_owner(&config.state.dir)?;
     let mut problems = Vec::new();
     folder_problem(&config, &mut problems);
     state_problem(&config.state.dir, &mut problems);
     if !args.offline {
         // A setting that cannot be used is reported by `prepare` below.
-        if let Ok(settings) = daemon::settings(&config) {
+        if let Ok(settings) = files.settings.clone() {
             let patience = Duration::from_secs(config.mqtt.connect_timeout_s);
             let broker = settings.broker();
             let settings =
@@ -45,7 +48,7 @@ pub(super) fn check(global: &Global, args: &CheckArgs) -> Result<(), Failure> {
             }
         }
     }
-    match daemon::prepare(config) {
+    match daemon::prepare_with(config, files) {
         Err(more) => problems.extend(more),
         Ok(prepared) => {
             problems.extend(prepared.refused().iter().cloned());

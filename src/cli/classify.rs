@@ -1,17 +1,18 @@
 //! `classify` and `preprocess`: single files, without daemon, broker or ledger.
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
+use std::fs::{File, OpenOptions};
+use std::io::{BufWriter, ErrorKind, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{Failure, Global};
+use super::{Failure, Global, become_owner, other_owner};
 use crate::classifier::Classifier;
 use crate::config::Config;
-use crate::daemon::bundles;
+use crate::daemon::bundles::{self, Refusal};
 use crate::imaging::Picture;
 use crate::imaging::decode::{Limits, Source};
 use crate::imaging::heatmap::{Peak, SCALE};
@@ -20,6 +21,7 @@ use crate::message::{
 };
 use crate::pipeline::worker::decode_limits;
 use crate::prediction::{Decision, RejectCode, RejectReason, Roi, Timings};
+use crate::store::Models;
 
 #[derive(Debug, Args)]
 pub(super) struct ClassifyArgs {
@@ -90,39 +92,98 @@ struct Drawn {
     scale: f32,
 }
 
-/// The bundle in `dir`, or else the one that the daemon would run.
-fn load(global: &Global, dir: Option<&PathBuf>) -> Result<(Config, Classifier), Failure> {
-    let config = global.load()?;
-    let found = match dir {
-        Some(dir) => bundles::load(dir, &config).map(|classifier| (classifier, Vec::new())),
-        None => bundles::first(&config, |candidate| candidate.load(&config))
-            .map(|found| (found.loaded, found.refused)),
-    };
-    let (classifier, refused) = found.map_err(Failure::Configuration)?;
-    for line in refused {
-        eprintln!("{line}");
+/// Which bundle is asked for.
+enum Asked {
+    /// The one in this folder.
+    Dir(PathBuf),
+    /// The installed one, or what the daemon would run in its place.
+    Installed,
+}
+
+impl Asked {
+    /// The bundle in `dir`, or else the one that the daemon would run.
+    fn of(config: &Config, dir: Option<&PathBuf>) -> Result<Self, Failure> {
+        if let Some(dir) = dir {
+            return Ok(Self::Dir(dir.clone()));
+        }
+        match Models::of(&config.state.dir).current() {
+            Ok(None) => Ok(Self::Dir(config.model.bundle.clone())),
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                let dir = config.state.dir.display();
+                Err(Failure::Runtime(format!(
+                    "state.dir: {dir}: which model is installed cannot be read ({error}); give --bundle, or run as the user of the daemon"
+                )))
+            }
+            _ => Ok(Self::Installed),
+        }
     }
-    Ok((config, classifier))
+
+    /// Whether it is loaded as the owner of the state directory, who is not root: what that user can put there is not root's to run.
+    fn as_owner(&self, config: &Config) -> bool {
+        matches!(self, Self::Installed) && other_owner(&config.state.dir).is_some()
+    }
+
+    /// Loads it, as whom [`Self::as_owner`] says; from here on nothing is opened as root then.
+    fn load(&self, config: &Config) -> Result<Classifier, Failure> {
+        if self.as_owner(config) {
+            become_owner(&config.state.dir)?;
+        }
+        let found = match self {
+            Self::Dir(dir) => bundles::load(dir, config)
+                .map(|classifier| (classifier, Vec::new()))
+                .map_err(Refusal::lines),
+            Self::Installed => bundles::first(config, |candidate| candidate.load(config))
+                .map(|found| (found.loaded, found.refused)),
+        };
+        let (classifier, refused) = found.map_err(Failure::Configuration)?;
+        for line in refused {
+            eprintln!("{line}");
+        }
+        Ok(classifier)
+    }
+}
+
+/// As many files may be open as the system allows this process.
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let current = maximum;
+    // Where it fails, the files beyond the limit are said to be unreadable.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current, maximum });
 }
 
 pub(super) fn classify(global: &Global, args: &ClassifyArgs) -> Result<(), Failure> {
-    let (config, mut classifier) = load(global, args.bundle.as_ref())?;
+    let config = global.load()?;
+    let asked = Asked::of(&config, args.bundle.as_ref())?;
+    let as_owner = asked.as_owner(&config);
+    let target = args.heatmap.as_ref();
+    let target = target.map(|path| HeatmapTarget::new(path, &args.files));
+    let mut target = target.transpose()?;
+    // Root may open what the owner may not.
+    let files = args.files.iter().map(|file| open_file(file));
+    let mut files: Box<dyn Iterator<Item = _>> = if as_owner {
+        raise_open_files();
+        let files: Vec<_> = files.collect();
+        if let Some(HeatmapTarget::File(out)) = &mut target {
+            out.open("--heatmap")?;
+        }
+        Box::new(files.into_iter())
+    } else {
+        Box::new(files)
+    };
+    let mut classifier = asked.load(&config)?;
     let bundle = classifier.bundle().clone();
     let limits = decode_limits(&config);
     let labels = &bundle.manifest.output.labels;
     let rule = RuleMessage::from(*classifier.rule());
-    let target = match &args.heatmap {
-        None => None,
-        Some(_) if bundle.manifest.output.heatmap.is_none() => {
-            let line = "model.bundle: this model gives no activation map; leave --heatmap out";
-            return Err(Failure::Runtime(line.into()));
-        }
-        Some(path) => Some(HeatmapTarget::new(path, &args.files)?),
-    };
+    if target.is_some() && bundle.manifest.output.heatmap.is_none() {
+        let line = "model.bundle: this model gives no activation map; leave --heatmap out";
+        return Err(Failure::Runtime(line.into()));
+    }
     let mut failed = false;
     let mut out = std::io::stdout().lock();
-    for file in &args.files {
-        let bytes = read_file(file, config.limits.file_bytes);
+    for (file, opened) in args.files.iter().zip(&mut files) {
+        let bytes = opened.and_then(|opened| read_file(opened, config.limits.file_bytes));
         let classified = bytes
             .as_ref()
             .map_err(Clone::clone)
@@ -180,7 +241,7 @@ pub(super) fn classify(global: &Global, args: &ClassifyArgs) -> Result<(), Failu
 /// Where the maps are drawn to.
 enum HeatmapTarget<'a> {
     /// The only picture's.
-    File(&'a Path),
+    File(Out<'a>),
     /// Named after the files.
     Folder(&'a Path),
 }
@@ -214,7 +275,7 @@ impl<'a> HeatmapTarget<'a> {
                 path.display()
             ));
         }
-        Ok(Self::File(path))
+        Ok(Self::File(Out::new(path)))
     }
 
     /// Draws the map of each picture of a file that has a prediction; what is said of each of them, in their order.
@@ -245,21 +306,23 @@ impl<'a> HeatmapTarget<'a> {
                 drawn.push(Value::Null);
                 continue;
             };
+            let path;
             let out = match self {
-                Self::File(path) => path.to_path_buf(),
+                Self::File(out) => out,
                 Self::Folder(folder) => {
                     let mut name = file.file_name().unwrap_or_default().to_owned();
                     if let Some(frame) = frame {
                         name.push(format!(".{frame}"));
                     }
                     name.push(".heatmap.png");
-                    folder.join(name)
+                    path = folder.join(name);
+                    &Out::new(&path)
                 }
             };
-            save(&Picture::Rgb(image), &out, "--heatmap")?;
+            out.save(&Picture::Rgb(image), "--heatmap")?;
             let map = found.prediction.heatmap.as_ref();
             drawn.push(json!(Drawn {
-                file: out.display().to_string(),
+                file: out.path.display().to_string(),
                 columns: map.map_or(0, |map| map.width),
                 rows: map.map_or(0, |map| map.height),
                 peak,
@@ -270,28 +333,30 @@ impl<'a> HeatmapTarget<'a> {
     }
 }
 
-fn read_file(file: &Path, limit: u64) -> Result<Vec<u8>, RejectReason> {
-    let unreadable = |e: std::io::Error| {
-        RejectReason::new(
-            RejectCode::Unreadable,
-            format!("the file cannot be read ({e})"),
-        )
-    };
-    let metadata = file.metadata().map_err(unreadable)?;
-    if !metadata.is_file() {
+fn unreadable(error: std::io::Error) -> RejectReason {
+    let message = format!("the file cannot be read ({error})");
+    RejectReason::new(RejectCode::Unreadable, message)
+}
+
+fn open_file(file: &Path) -> Result<File, RejectReason> {
+    // A pipe would keep the opener waiting for ever.
+    if !file.metadata().map_err(unreadable)?.is_file() {
         return Err(RejectReason::new(
             RejectCode::NotAFile,
             "not a regular file",
         ));
     }
-    if metadata.len() > limit {
-        let message = format!(
-            "{} bytes; at most {limit} are read (limits.file_bytes)",
-            metadata.len()
-        );
+    File::open(file).map_err(unreadable)
+}
+
+fn read_file(mut file: File, limit: u64) -> Result<Vec<u8>, RejectReason> {
+    let length = file.metadata().map_err(unreadable)?.len();
+    if length > limit {
+        let message = format!("{length} bytes; at most {limit} are read (limits.file_bytes)");
         return Err(RejectReason::new(RejectCode::FileTooLarge, message));
     }
-    let bytes = std::fs::read(file).map_err(unreadable)?;
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map_err(unreadable)?;
     if bytes.is_empty() {
         Err(RejectReason::new(RejectCode::Empty, "the file is empty"))
     } else {
@@ -300,13 +365,20 @@ fn read_file(file: &Path, limit: u64) -> Result<Vec<u8>, RejectReason> {
 }
 
 pub(super) fn preprocess(global: &Global, args: &PreprocessArgs) -> Result<(), Failure> {
-    let (config, mut classifier) = load(global, args.bundle.as_ref())?;
+    let config = global.load()?;
+    let asked = Asked::of(&config, args.bundle.as_ref())?;
     let rejected = |reason: RejectReason| {
         let (file, code) = (args.file.display(), reason.code.as_str());
         Failure::Runtime(format!("{file}: {}; reason code {code}", reason.message))
     };
     let limits = decode_limits(&config);
-    let bytes = read_file(&args.file, config.limits.file_bytes).map_err(rejected)?;
+    let file = open_file(&args.file).map_err(rejected)?;
+    let mut out = Out::new(&args.out);
+    if asked.as_owner(&config) {
+        out.open("--out")?;
+    }
+    let mut classifier = asked.load(&config)?;
+    let bytes = read_file(file, config.limits.file_bytes).map_err(rejected)?;
     let picture = Source::open(&bytes, &limits)
         .and_then(|mut source| source.frame(0))
         .map_err(rejected)?;
@@ -315,23 +387,56 @@ pub(super) fn preprocess(global: &Global, args: &PreprocessArgs) -> Result<(), F
             let line = "model.bundle: this model takes pictures uncropped; leave --explain out";
             return Err(Failure::Runtime(line.into()));
         };
-        return save(&Picture::Rgb(steps), &args.out, "--out");
+        return out.save(&Picture::Rgb(steps), "--out");
     }
     let seen = classifier.preprocess(&picture).map_err(rejected)?;
-    save(&seen, &args.out, "--out")
+    out.save(&seen, "--out")
 }
 
-/// Writes a picture; `option` is what named the place.
-fn save(picture: &Picture, out: &Path, option: &str) -> Result<(), Failure> {
-    let png = image::ImageFormat::Png;
-    let saved = match picture {
-        Picture::Gray(image) => image.save_with_format(out, png),
-        Picture::Rgb(image) => image.save_with_format(out, png),
-    };
-    saved.map_err(|e| {
-        let out = out.display();
+/// Where a picture is written to.
+struct Out<'a> {
+    path: &'a Path,
+    /// Where it was opened as somebody else than who writes it.
+    opened: Option<File>,
+}
+
+impl<'a> Out<'a> {
+    fn new(path: &'a Path) -> Self {
+        Self { path, opened: None }
+    }
+
+    /// Opens it now, with what it holds; `option` is what named it.
+    fn open(&mut self, option: &str) -> Result<(), Failure> {
+        let mut how = OpenOptions::new();
+        let file = how.write(true).create(true).truncate(false).open(self.path);
+        self.opened = Some(file.map_err(|e| self.unwritable(&e, option))?);
+        Ok(())
+    }
+
+    fn save(&self, picture: &Picture, option: &str) -> Result<(), Failure> {
+        let png = image::ImageFormat::Png;
+        let saved = match &self.opened {
+            None => match picture {
+                Picture::Gray(image) => image.save_with_format(self.path, png),
+                Picture::Rgb(image) => image.save_with_format(self.path, png),
+            },
+            Some(file) => {
+                let mut out = BufWriter::new(file);
+                let emptied = file.set_len(0).map_err(image::ImageError::IoError);
+                let written = emptied.and_then(|()| match picture {
+                    Picture::Gray(image) => image.write_to(&mut out, png),
+                    Picture::Rgb(image) => image.write_to(&mut out, png),
+                });
+                written.and_then(|()| out.flush().map_err(image::ImageError::IoError))
+            }
+        };
+        saved.map_err(|e| self.unwritable(&e, option))
+    }
+
+    fn unwritable(&self, error: &dyn std::fmt::Display, option: &str) -> Failure {
+        let out = self.path.display();
         Failure::Runtime(format!(
-            "{out}: cannot be written ({e}); choose another {option}"
+            "{out}: cannot be written ({error}); choose another {option}"
         ))
-    })
+    }
 }

@@ -3,7 +3,7 @@
 use clap::Args;
 use serde_json::json;
 
-use super::{Failure, Global};
+use super::{Failure, Global, become_owner};
 use crate::message::rfc3339_seconds;
 use crate::scan::ScanId;
 use crate::store::{DATABASE, Ledger};
@@ -36,6 +36,7 @@ pub(super) fn open(
     access: Access,
 ) -> Result<(Ledger, std::path::PathBuf), Failure> {
     let config = global.load()?;
+    become_owner(&config.state.dir)?;
     let path = config.state.dir.join(DATABASE);
     if !path.exists() {
         let line = format!(
@@ -55,6 +56,19 @@ pub(super) fn open(
         ))
     })?;
     Ok((ledger, config.watch.folder))
+}
+
+/// A path for people; a scanner chose it, so it could hold line ends and orders to a terminal.
+pub(super) fn printable(path: &std::path::Path) -> String {
+    let mut text = String::new();
+    for c in path.to_string_lossy().chars() {
+        if c.is_control() {
+            text.extend(c.escape_default());
+        } else {
+            text.push(c);
+        }
+    }
+    text
 }
 
 pub(super) fn status(global: &Global, args: &StatusArgs) -> Result<(), Failure> {
@@ -114,7 +128,24 @@ pub(super) fn lookup(global: &Global, args: &LookupArgs) -> Result<(), Failure> 
     };
     println!("{}", outcome.as_deref().unwrap_or("no outcome yet"));
     for path in paths {
-        println!("{}", folder.join(path).display());
+        println!("{}", printable(&folder.join(path)));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::printable;
+
+    #[test]
+    fn a_path_for_people_is_one_line_without_orders_to_the_terminal() {
+        for (path, expected) in [
+            ("/export/Ärzte 1/a.dcm", "/export/Ärzte 1/a.dcm"),
+            ("a\nb\u{1b}[2J\u{9b}", "a\\nb\\u{1b}[2J\\u{9b}"),
+        ] {
+            assert_eq!(printable(Path::new(path)), expected);
+        }
+    }
 }

@@ -11,7 +11,8 @@ mod model;
 mod run;
 mod simulate;
 
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -85,6 +86,17 @@ enum Failure {
     Said,
 }
 
+impl Failure {
+    /// What has not been said yet, one line each.
+    fn lines(self) -> Vec<String> {
+        match self {
+            Self::Configuration(problems) => problems,
+            Self::Runtime(line) => vec![line],
+            Self::Said => Vec::new(),
+        }
+    }
+}
+
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
         Self::Runtime(format!("{error:#}"))
@@ -121,20 +133,17 @@ pub fn main() -> ExitCode {
         Verb::Quarantine(verb) => again::quarantine(global, &verb),
         Verb::Lookup(args) => ledger::lookup(global, &args),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(Failure::Configuration(problems)) => {
-            for problem in problems {
-                eprintln!("{problem}");
-            }
-            ExitCode::from(EX_CONFIG)
-        }
-        Err(Failure::Runtime(line)) => {
-            eprintln!("{line}");
-            ExitCode::FAILURE
-        }
-        Err(Failure::Said) => ExitCode::FAILURE,
+    let Err(failure) = done else {
+        return ExitCode::SUCCESS;
+    };
+    let code = match failure {
+        Failure::Configuration(_) => ExitCode::from(EX_CONFIG),
+        Failure::Runtime(_) | Failure::Said => ExitCode::FAILURE,
+    };
+    for line in failure.lines() {
+        eprintln!("{line}");
     }
+    code
 }
 
 impl Global {
@@ -164,4 +173,35 @@ fn block_on<T>(future: impl Future<Output = Result<T, Failure>>) -> Result<T, Fa
     let done = runtime.block_on(future);
     runtime.shutdown_timeout(Duration::from_secs(2));
     done
+}
+
+/// From here on this process is the owner of the state directory, if it was root: what it writes belongs to the daemon's user, and nothing
+/// that this user can put there leads root astray. There is one thread yet; those that come are the owner's, too.
+fn become_owner(state_dir: &Path) -> Result<(), Failure> {
+    let Some((user, group)) = other_owner(state_dir) else {
+        return Ok(());
+    };
+    rustix::thread::set_thread_groups(&[])
+        .and_then(|()| rustix::thread::set_thread_res_gid(group, group, group))
+        .and_then(|()| rustix::thread::set_thread_res_uid(user, user, user))
+        .map_err(|e| {
+            Failure::Runtime(format!(
+                "state.dir: {}: cannot become its owner, user {} ({e}); run as that user",
+                state_dir.display(),
+                user.as_raw()
+            ))
+        })
+}
+
+/// The owner of the state directory and its group, if this process is root and the owner is not.
+fn other_owner(state_dir: &Path) -> Option<(rustix::fs::Uid, rustix::fs::Gid)> {
+    let metadata = std::fs::metadata(state_dir).ok()?;
+    let other = rustix::process::geteuid().is_root() && metadata.uid() != 0;
+    let owner = || {
+        (
+            rustix::fs::Uid::from_raw(metadata.uid()),
+            rustix::fs::Gid::from_raw(metadata.gid()),
+        )
+    };
+    other.then(owner)
 }

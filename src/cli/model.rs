@@ -1,15 +1,15 @@
 //! `model`: which bundle runs, checking one, installing one, going back.
 
-use std::os::unix::fs::MetadataExt as _;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use clap::Subcommand;
 use serde_json::{Value, json};
 
-use super::{Failure, Global};
+use super::{Failure, Global, become_owner};
 use crate::classifier::{Bundle, Classifier, SignatureState};
 use crate::config::Config;
-use crate::daemon::bundles::{self, Candidate, Unchanged};
+use crate::daemon::bundles::{self, Candidate, Refusal, Unchanged};
 use crate::store::{Models, Source};
 
 #[derive(Debug, Subcommand)]
@@ -36,8 +36,11 @@ pub(super) enum ModelVerb {
 
 pub(super) fn model(global: &Global, verb: &ModelVerb) -> Result<(), Failure> {
     let config = global.load()?;
-    if let Err(error) = Models::of(&config.state.dir).current()
-        && error.kind() == std::io::ErrorKind::PermissionDenied
+    rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
+    let needs_nothing_installed = matches!(verb, ModelVerb::Verify { dir: Some(_) });
+    if !needs_nothing_installed
+        && let Err(error) = Models::of(&config.state.dir).current()
+        && error.kind() == ErrorKind::PermissionDenied
     {
         return Err(failure(&config, Unchanged::Failed(error)));
     }
@@ -157,7 +160,9 @@ fn described(candidate: &Candidate, classifier: &Classifier) -> Value {
 
 fn verify(config: &Config, dir: Option<&Path>) -> Result<(), Failure> {
     let checked = match dir {
-        Some(dir) => bundles::verify(dir, config).map(|classifier| (classifier, Vec::new())),
+        Some(dir) => bundles::verify(dir, config)
+            .map(|classifier| (classifier, Vec::new()))
+            .map_err(Refusal::lines),
         None => bundles::first(config, |candidate| candidate.verify(config))
             .map(|found| (found.loaded, found.refused)),
     };
@@ -210,35 +215,16 @@ fn failure(config: &Config, unchanged: Unchanged) -> Failure {
         Unchanged::NotInstalled => Failure::Runtime(
             "model: nothing is installed, the configured bundle runs; there is nothing to go back from".into(),
         ),
-        Unchanged::Failed(error) => Failure::Runtime(format!(
-            "state.dir: {}: {error}; run as root or as the user of the daemon, with room on the disk",
-            config.state.dir.display()
-        )),
+        Unchanged::Failed(error) => {
+            let hint = match error.kind() {
+                ErrorKind::PermissionDenied => "; run as root or as the user of the daemon",
+                ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "; make room on the disk",
+                // Ours, with a hint of their own.
+                ErrorKind::Other => "",
+                _ => "; check the disk, and try again",
+            };
+            let dir = config.state.dir.display();
+            Failure::Runtime(format!("state.dir: {dir}: {error}{hint}"))
+        }
     }
-}
-
-/// From here on this process is the owner of the state directory, if it was root: what it writes belongs to the daemon's user, and nothing
-/// that this user can put there leads root astray. There is one thread yet; those that come are the owner's, too.
-fn become_owner(state_dir: &Path) -> Result<(), Failure> {
-    rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
-    let Ok(metadata) = std::fs::metadata(state_dir) else {
-        return Ok(());
-    };
-    if !rustix::process::geteuid().is_root() || metadata.uid() == 0 {
-        return Ok(());
-    }
-    let (user, group) = (
-        rustix::fs::Uid::from_raw(metadata.uid()),
-        rustix::fs::Gid::from_raw(metadata.gid()),
-    );
-    rustix::thread::set_thread_groups(&[])
-        .and_then(|()| rustix::thread::set_thread_res_gid(group, group, group))
-        .and_then(|()| rustix::thread::set_thread_res_uid(user, user, user))
-        .map_err(|e| {
-            Failure::Runtime(format!(
-                "state.dir: {}: cannot become its owner, user {} ({e}); run as that user",
-                state_dir.display(),
-                metadata.uid()
-            ))
-        })
 }

@@ -1,6 +1,7 @@
 //! `run`: the daemon and its signals.
 
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
@@ -16,6 +17,7 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
     let config = global.load()?;
     telemetry::init(&config.log);
     telemetry::log_panics();
+    systemd::starting();
     let prepared = daemon::prepare(config).map_err(Failure::Configuration)?;
     block_on(serve(global, prepared, start))
 }
@@ -33,6 +35,8 @@ enum Order {
         /// Whether another model than the installed one will do if that cannot be used.
         may_fall: bool,
     },
+    /// What became of a reload.
+    Loaded(Result<Box<Prepared>, Vec<String>>),
 }
 
 /// Runs the daemon again and again, with the configuration of the latest SIGHUP and the model that is installed, until SIGTERM or SIGINT.
@@ -58,8 +62,11 @@ async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Resul
         let mut running = std::pin::pin!(daemon::run(prepared, control.clone(), ready, |_| {}));
         let mut next = None;
         let mut stopping = false;
+        // A large model takes long, and signals do not wait for it. Dropped, it is left behind.
+        let mut reloading = None;
+        let mut hung_up = false;
         loop {
-            let free = !stopping && next.is_none();
+            let free = !stopping && next.is_none() && reloading.is_none();
             let order = tokio::select! {
                 end = &mut running => {
                     end?;
@@ -67,6 +74,10 @@ async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Resul
                 }
                 _ = terminate.recv() => Order::Stop,
                 _ = interrupt.recv() => Order::Stop,
+                loaded = finished(&mut reloading), if reloading.is_some() => {
+                    reloading = None;
+                    Order::Loaded(loaded)
+                }
                 _ = hangup.recv(), if free => Order::Reload {
                     hangup: true,
                     config: global.load().map(Box::new),
@@ -85,32 +96,33 @@ async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Resul
                 Order::Stop => {
                     stopping = true;
                     next = None;
+                    reloading = None;
                     stop(&control);
                 }
                 Order::Reload {
-                    hangup,
+                    hangup: by_hangup,
                     config,
                     may_fall,
                 } => {
                     systemd::reloading();
-                    match reload(config, may_fall).await {
-                        Ok(prepared) => {
-                            if hangup {
-                                tracing::info!("configuration read again");
-                            } else {
-                                tracing::info!("another model is installed");
-                            }
-                            control.stop_for_reload(prepared.topic_base() == topic_base);
-                            next = Some(prepared);
-                        }
-                        Err(problems) => {
-                            // The next change may have taken it away under our hands; that one is looked at soon.
-                            if hangup || models.link() == link {
-                                refuse(&control, &problems);
-                            }
-                            systemd::ready();
-                        }
+                    hung_up = by_hangup;
+                    reloading = Some(Box::pin(reload(config, may_fall)));
+                }
+                Order::Loaded(Ok(prepared)) => {
+                    if hung_up {
+                        tracing::info!("configuration read again");
+                    } else {
+                        tracing::info!("another model is installed");
                     }
+                    control.stop_for_reload(prepared.topic_base() == topic_base);
+                    next = Some(*prepared);
+                }
+                Order::Loaded(Err(problems)) => {
+                    // The next change may have taken it away under our hands; that one is looked at soon.
+                    if hung_up || models.link() == link {
+                        refuse(&control, &problems);
+                    }
+                    systemd::ready();
                 }
             }
         }
@@ -148,20 +160,24 @@ async fn another(models: &Models, known: Option<&PathBuf>) -> Option<PathBuf> {
     }
 }
 
+/// Waits for the end of a reload that has begun.
+async fn finished<T>(reloading: &mut Option<Pin<Box<impl Future<Output = T>>>>) -> T {
+    match reloading {
+        Some(reloading) => reloading.await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Loads what `config` names; every problem is one line. The installed model bundle has to be usable, unless the daemon runs another one already.
 async fn reload(
     config: Result<Box<Config>, Failure>,
     may_fall: bool,
-) -> Result<Prepared, Vec<String>> {
-    let config = match config {
-        Ok(config) => config,
-        Err(Failure::Configuration(problems)) => return Err(problems),
-        Err(_) => return Err(Vec::new()),
-    };
+) -> Result<Box<Prepared>, Vec<String>> {
+    let config = config.map_err(Failure::lines)?;
     let prepared = tokio::task::spawn_blocking(move || daemon::prepare(*config)).await;
     let prepared = prepared.map_err(|error| vec![error.to_string()])??;
     if !may_fall && !prepared.refused().is_empty() {
         return Err(prepared.refused().to_vec());
     }
-    Ok(prepared)
+    Ok(Box::new(prepared))
 }

@@ -6,15 +6,17 @@
 //! ```
 //!
 //! An appliance that is alone for years must not stand still because of a bad sector under its installed model: an older one runs then, and
-//! log and health say so. Without an installed bundle there is nothing to fall back to, and none is looked for.
+//! log and health say so. Without an installed bundle there is nothing to fall back to, and none is looked for. A configuration that does not
+//! go with the installed bundle is no reason for another one: it is refused, and waits for a person.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::Serialize;
 
-use crate::classifier::{Bundle, BundleError, Classifier};
+use crate::classifier::{Bundle, BundleError, Classifier, runtime};
 use crate::config::Config;
+use crate::manifest::SIGNATURE;
 use crate::signature::PublicKey;
 use crate::store::{Models, Source};
 
@@ -41,6 +43,30 @@ impl Place {
             Self::Previous => "previous",
             Self::Configured => "configured",
         }
+    }
+}
+
+/// Why a bundle does not run: every problem, one line each.
+#[derive(Debug)]
+pub enum Refusal {
+    /// `[decision]` or `[model]` does not go with it; the bundle may be whole.
+    Configuration(Vec<String>),
+    /// It is damaged, not signed, or nothing for this engine.
+    Bundle(Vec<String>),
+}
+
+impl Refusal {
+    /// The problems.
+    pub fn lines(self) -> Vec<String> {
+        match self {
+            Self::Configuration(lines) | Self::Bundle(lines) => lines,
+        }
+    }
+}
+
+impl From<BundleError> for Refusal {
+    fn from(BundleError(lines): BundleError) -> Self {
+        Self::Bundle(lines)
     }
 }
 
@@ -74,38 +100,48 @@ impl Candidate {
     }
 
     /// Reads it and checks hash, signature and tensors, but not the golden images.
-    pub fn load(&self, config: &Config) -> Result<Classifier, Vec<String>> {
-        load(&self.dir, config).map_err(|lines| self.name_in(lines))
+    pub fn load(&self, config: &Config) -> Result<Classifier, Refusal> {
+        load(&self.dir, config).map_err(|refusal| self.name_in(refusal))
     }
 
     /// [`Self::load`], and the golden images.
-    pub fn verify(&self, config: &Config) -> Result<Classifier, Vec<String>> {
-        verify(&self.dir, config).map_err(|lines| self.name_in(lines))
+    pub fn verify(&self, config: &Config) -> Result<Classifier, Refusal> {
+        verify(&self.dir, config).map_err(|refusal| self.name_in(refusal))
     }
 
-    /// Says in each line which bundle it is about, where it is not the configured one.
-    fn name_in(&self, lines: Vec<String>) -> Vec<String> {
-        let Some(name) = &self.name else { return lines };
-        let named = |line: String| {
-            let line = line.strip_prefix("model.bundle: ").unwrap_or(&line);
+    /// Says in each line about the bundle itself which one it is, where it is not the configured one.
+    fn name_in(&self, refusal: Refusal) -> Refusal {
+        let (Refusal::Bundle(lines), Some(name)) = (&refusal, &self.name) else {
+            return refusal;
+        };
+        let named = |line: &String| {
+            let line = line.strip_prefix("model.bundle: ").unwrap_or(line);
             format!("{} model {name}: {line}", self.place.as_str())
         };
-        lines.into_iter().map(named).collect()
+        Refusal::Bundle(lines.iter().map(named).collect())
     }
 }
 
-/// Reads the bundle in `dir` and checks hash, signature and tensors, but not the golden images; every problem is one line.
-pub fn load(dir: &Path, config: &Config) -> Result<Classifier, Vec<String>> {
-    let key = PublicKey::of(&config.model.public_key).map_err(|line| vec![line])?;
-    let bundle = Bundle::read(dir, key.as_ref()).map_err(|BundleError(lines)| lines)?;
-    Classifier::new(Arc::new(bundle), config).map_err(|BundleError(lines)| lines)
+/// What has to be right whatever the bundle: the engine and the key. The key, if there is one.
+fn key(config: &Config) -> Result<Option<PublicKey>, Refusal> {
+    runtime(config.model.engine)
+        .map_err(|BundleError(lines)| lines)
+        .and_then(|_| PublicKey::of(&config.model.public_key).map_err(|line| vec![line]))
+        .map_err(Refusal::Configuration)
 }
 
-/// Everything that can be checked of the bundle in `dir`, on this machine's engine; every problem is one line.
-pub fn verify(dir: &Path, config: &Config) -> Result<Classifier, Vec<String>> {
+/// Reads the bundle in `dir` and checks hash, signature and tensors, but not the golden images.
+pub fn load(dir: &Path, config: &Config) -> Result<Classifier, Refusal> {
+    let bundle = Bundle::read(dir, key(config)?.as_ref())?;
+    let rule = config.decision.over(&bundle.manifest.decision);
+    rule.map_err(Refusal::Configuration)?;
+    Ok(Classifier::new(Arc::new(bundle), config)?)
+}
+
+/// Everything that can be checked of the bundle in `dir`, on this machine's engine.
+pub fn verify(dir: &Path, config: &Config) -> Result<Classifier, Refusal> {
     let mut classifier = load(dir, config)?;
-    let golden = classifier.verify_golden();
-    golden.map_err(|BundleError(lines)| lines)?;
+    classifier.verify_golden()?;
     Ok(classifier)
 }
 
@@ -122,7 +158,7 @@ pub struct Found<T> {
 /// The first bundle that `make` can use, in the order of the module's picture; the error has every problem of all of them.
 pub fn first<T>(
     config: &Config,
-    make: impl Fn(&Candidate) -> Result<T, Vec<String>>,
+    make: impl Fn(&Candidate) -> Result<T, Refusal>,
 ) -> Result<Found<T>, Vec<String>> {
     let models = Models::of(&config.state.dir);
     let unreadable = |error: std::io::Error| {
@@ -132,14 +168,15 @@ pub fn first<T>(
         )
     };
     let (installed, refused) = match models.current() {
-        Ok(None) => return first_of([Candidate::configured(config)], Vec::new(), make),
+        Ok(None) => return first_of(config, [Candidate::configured(config)], Vec::new(), make),
         Ok(Some(name)) => {
             let installed = Candidate::installed(&models, Place::Installed, name);
             (Some(installed), Vec::new())
         }
         Err(error) => (None, vec![unreadable(error)]),
     };
-    first_of(installed.into_iter().chain(older(config)), refused, make)
+    let candidates = installed.into_iter().chain(older(config));
+    first_of(config, candidates, refused, make)
 }
 
 /// The bundle to which [`rollback`] would go: the previous one if it can be used, else the configured one; `None` where none is installed.
@@ -147,7 +184,9 @@ pub fn before(config: &Config) -> Option<Result<Found<Classifier>, Vec<String>>>
     if matches!(Models::of(&config.state.dir).current(), Ok(None)) {
         return None;
     }
-    Some(first_of(older(config), Vec::new(), |c| c.verify(config)))
+    Some(first_of(config, older(config), Vec::new(), |c| {
+        c.verify(config)
+    }))
 }
 
 /// What is older than the installed one.
@@ -159,11 +198,15 @@ fn older(config: &Config) -> impl Iterator<Item = Candidate> {
     previous.into_iter().chain([Candidate::configured(config)])
 }
 
+/// The first of `candidates` that `make` can use, unless the configuration is at fault that the very first one does not run.
 fn first_of<T>(
+    config: &Config,
     candidates: impl IntoIterator<Item = Candidate>,
     mut refused: Vec<String>,
-    make: impl Fn(&Candidate) -> Result<T, Vec<String>>,
+    make: impl Fn(&Candidate) -> Result<T, Refusal>,
 ) -> Result<Found<T>, Vec<String>> {
+    // Said once, not for every bundle.
+    key(config).map_err(Refusal::lines)?;
     for candidate in candidates {
         match make(&candidate) {
             Ok(loaded) => {
@@ -173,7 +216,8 @@ fn first_of<T>(
                     refused,
                 });
             }
-            Err(lines) => refused.extend(lines),
+            Err(Refusal::Configuration(lines)) if refused.is_empty() => return Err(lines),
+            Err(refusal) => refused.extend(refusal.lines()),
         }
     }
     Err(refused)
@@ -196,12 +240,13 @@ impl From<std::io::Error> for Unchanged {
     }
 }
 
-/// Copies `source` into the state directory, checks the copy completely and makes it the one to run; `false` where it is that already. What ran
-/// before stays as the previous one.
+/// Copies `source` into the state directory, checks the copy completely and makes it the one to run; `false` where it is that already, with
+/// that signature. What ran before stays as the previous one.
 pub fn install(config: &Config, mut source: Source) -> Result<(Classifier, bool), Unchanged> {
     let change = Models::of(&config.state.dir).change()?;
     let staged = change.stage(&mut source, config.state.min_free_bytes)?;
-    let classifier = verify(&staged, config).map_err(Unchanged::Refused)?;
+    let classifier =
+        verify(&staged, config).map_err(|refusal| Unchanged::Refused(refusal.lines()))?;
     let bundle = classifier.bundle();
     let name = format!(
         "{}-{}-{}",
@@ -210,20 +255,27 @@ pub fn install(config: &Config, mut source: Source) -> Result<(Classifier, bool)
         &bundle.manifest_sha256[..HASH_DIGITS]
     );
     let again = format!("{name}.");
-    let same = |other: &String| *other == name || other.starts_with(&again);
-    let running = first(config, |candidate| candidate.verify(config)).ok();
-    let running = running.map(|found| found.candidate);
-    let is_same = running
-        .as_ref()
-        .is_some_and(|r| r.name.as_ref().is_some_and(same));
-    if is_same
-        && running
+    let same = |c: &Candidate| {
+        c.name
             .as_ref()
-            .is_some_and(|r| r.place == Place::Installed)
-    {
-        return Ok((classifier, false));
+            .is_some_and(|other| *other == name || other.starts_with(&again))
+    };
+    // What only does not go with the configuration is whole, and may go with the next one.
+    let whole = |candidate: &Candidate| match candidate.verify(config) {
+        Ok(_) | Err(Refusal::Configuration(_)) => Ok(()),
+        Err(refusal) => Err(refusal),
+    };
+    let whole_of = |found: Result<Found<()>, _>| found.ok().map(|found| found.candidate);
+    let mut running = whole_of(first(config, whole));
+    if let Some(r) = running.as_ref().filter(|r| same(r)) {
+        // The manifest's hash is in the name; the signature is not part of it.
+        let signature = |dir: &Path| std::fs::read(dir.join(SIGNATURE)).ok();
+        if r.place == Place::Installed && signature(&r.dir) == signature(&staged) {
+            return Ok((classifier, false));
+        }
+        running = whole_of(first_of(config, older(config), Vec::new(), whole));
     }
-    let previous = running.and_then(|r| r.name).filter(|name| !same(name));
+    let previous = running.filter(|r| !same(r)).and_then(|r| r.name);
     change.install(&name, previous.as_deref())?;
     Ok((classifier, true))
 }

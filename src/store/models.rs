@@ -77,7 +77,9 @@ impl Models {
     /// Begins a change: makes the folder (mode 0700), keeps others from changing it, takes away what an earlier change left behind.
     pub fn change(&self) -> Result<Change> {
         let lock = lock(&self.0).map_err(|error| match error {
-            super::StoreError::Unwritable(why) => Error::other(why),
+            super::StoreError::Unwritable(why) => Error::other(format!(
+                "{why}; run as root or as the user of the daemon, with room on the disk"
+            )),
             _ => Error::other("another change is on its way; wait until it is done"),
         })?;
         let change = Change {
@@ -105,7 +107,7 @@ impl Change {
             let line = format!(
                 "the bundle takes {size} bytes, {free} are free and {leave_free} are to stay free (state.min_free_bytes)"
             );
-            return Err(Error::other(line));
+            return Err(Error::new(ErrorKind::StorageFull, line));
         }
         let staging = self.models.path(STAGING);
         let mut folders = vec![staging.clone()];

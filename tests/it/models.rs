@@ -3,6 +3,7 @@
 //! A second bundle is the shipped one under another version: another manifest, so another bundle.
 
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt, symlink};
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -241,6 +242,36 @@ fn what_is_installed_belongs_to_the_daemon_alone() {
         }
     }
     assert!(files > 4, "{files}");
+
+    // Root opens the files, and what is installed runs as its owner.
+    let at = |name: &str| appliance.folder.path().join(name);
+    std::fs::write(at("slice.png"), &slices(1)[0]).unwrap();
+    std::fs::set_permissions(at("slice.png"), PermissionsExt::from_mode(0o600)).unwrap();
+    let ran = |arguments: &[&str]| {
+        let mut command = appliance.command(arguments);
+        let output = command.current_dir(at("")).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+        output
+    };
+    let classify = ["classify", "slice.png", "--heatmap", "map.png"];
+    let classified = || {
+        let output = ran(&classify);
+        let line: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (line["model"]["version"].clone(), stderr(&output))
+    };
+    assert_eq!(classified(), ("2".into(), String::new()));
+    ran(&["preprocess", "slice.png", "--out", "seen.png"]);
+    for name in ["map.png", "seen.png"] {
+        assert!(image::open(at(name)).is_ok(), "{name}");
+    }
+    ran(&["check", "--offline"]);
+    if is_root() {
+        let mine = appliance.state().join("models/current/model.tflite");
+        std::os::unix::fs::chown(mine, Some(0), Some(0)).unwrap();
+        let (version, said) = classified();
+        assert_eq!(version, shipped_version().as_str());
+        assert!(said.contains("model.tflite cannot be read"), "{said}");
+    }
 }
 
 #[track_caller]
@@ -609,7 +640,122 @@ fn with_a_key_only_signed_bundles_run() {
     appliance.set("SCANSENTRY__MODEL__PUBLIC_KEY", "/etc/hostname");
     let output = appliance.command(&["check", "--offline"]).output().unwrap();
     assert_eq!(output.status.code(), Some(78));
-    assert!(stderr(&output).contains("model.public_key: /etc/hostname is no Ed25519 public key"));
+    let problems = stderr(&output);
+    assert!(problems.starts_with("model.public_key: /etc/hostname is no Ed25519 public key"));
+    assert_eq!(problems.lines().count(), 1, "{problems}");
+}
+
+#[test]
+fn a_signature_that_comes_later_is_installed() {
+    let mut appliance = Appliance::new(NO_BROKER);
+    install(&appliance, &variant(&appliance, "1"));
+    let folder = variant(&appliance, "2");
+    install(&appliance, &folder);
+    sign(&folder, &SigningKey::from_bytes(&[7; 32]));
+    let said = install(&appliance, &folder);
+    assert!(said.starts_with("installed: braintumor 2"), "{said}");
+    let said = install(&appliance, &folder);
+    assert!(said.starts_with("unchanged: braintumor 2"), "{said}");
+    assert_eq!(
+        versions(&appliance),
+        expected(("2", "installed"), ("1", "previous"))
+    );
+    configured_key(&mut appliance);
+    assert_eq!(show(&appliance)["signature"], "valid");
+}
+
+#[test]
+fn a_decision_that_does_not_go_with_the_installed_model_is_no_reason_for_another() {
+    let mut appliance = Appliance::new(NO_BROKER);
+    let rule = |version: &str, rule: &str| {
+        let folder = variant(&appliance, version);
+        edit_manifest(&folder, "threshold = 0.5", rule);
+        folder
+    };
+    let (low, high) = (
+        rule("low", "threshold = 0.5"),
+        rule("high", "threshold = 0.65"),
+    );
+    install(&appliance, &low);
+    install(&appliance, &high);
+    // It goes with the installed model, not with the one before it.
+    appliance.set("SCANSENTRY__DECISION__INDETERMINATE", "0.6, 0.7");
+    let before = installed(&appliance);
+    let output = model(&appliance, &["rollback"]);
+    assert_eq!(output.status.code(), Some(78));
+    let line = "decision.indeterminate: [0.6, 0.7] does not hold the threshold 0.5; ";
+    assert!(stderr(&output).starts_with(line), "{}", stderr(&output));
+    assert_eq!(installed(&appliance), before);
+    assert_eq!(
+        versions(&appliance),
+        expected(("high", "installed"), ("-", "-"))
+    );
+
+    // The other way round.
+    appliance.set("SCANSENTRY__DECISION__INDETERMINATE", "0.4, 0.6");
+    for verb in [
+        &["check", "--offline"][..],
+        &["run"],
+        &["model", "show"],
+        &["model", "verify"],
+    ] {
+        let output = appliance.command(verb).output().unwrap();
+        assert_eq!(output.status.code(), Some(78), "{verb:?}");
+        let problems = stderr(&output);
+        let line = "decision.indeterminate: [0.4, 0.6] does not hold the threshold 0.65; ";
+        assert!(
+            problems.starts_with(line) && problems.lines().count() == 1,
+            "{verb:?}: {problems}"
+        );
+    }
+    // What is installed now is the one to go back to: it is whole.
+    install(&appliance, &low);
+    appliance.set("SCANSENTRY__DECISION__INDETERMINATE", "model");
+    assert_eq!(
+        versions(&appliance),
+        expected(("low", "installed"), ("high", "previous"))
+    );
+}
+
+#[test]
+fn who_may_not_see_what_is_installed_is_told_so() {
+    let appliance = Appliance::new(NO_BROKER);
+    let folder = variant(&appliance, "2");
+    install(&appliance, &folder);
+    let slice = appliance.folder.path().join("slice.png");
+    std::fs::write(&slice, &slices(1)[0]).unwrap();
+    let mode = |path: &Path, mode| {
+        std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+    };
+    mode(appliance.folder.path(), 0o755);
+    for path in [&folder, &folder.join("golden")] {
+        mode(path, 0o755);
+    }
+    mode(&appliance.state().join("models"), 0o000);
+    let ran = |arguments: &[&str]| {
+        let mut command = appliance.command(arguments);
+        if is_root() {
+            command.uid(65_534);
+        }
+        let output = command.output().unwrap();
+        (output.status.code(), stderr(&output))
+    };
+    let (slice, folder) = (slice.to_str().unwrap(), folder.to_str().unwrap());
+    let (code, said) = ran(&["classify", slice]);
+    assert!(
+        code == Some(1) && said.contains("; give --bundle, or run as the user of the daemon"),
+        "{said}"
+    );
+    let (code, said) = ran(&["classify", "--bundle", folder, slice]);
+    assert_eq!(code, Some(0), "{said}");
+    let (code, said) = ran(&["model", "verify", folder]);
+    assert_eq!(code, Some(0), "{said}");
+    let (code, said) = ran(&["model", "verify"]);
+    assert!(
+        code == Some(1) && said.contains("; run as root or as the user of the daemon"),
+        "{said}"
+    );
+    mode(&appliance.state().join("models"), 0o700);
 }
 
 #[test]
@@ -708,7 +854,7 @@ fn installs_that_are_killed_leave_a_whole_bundle_and_no_rubbish() {
     let output = model(&appliance, &["rollback"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(
-        stderr(&output).contains("another change is on its way"),
+        stderr(&output).ends_with("another change is on its way; wait until it is done\n"),
         "{}",
         stderr(&output)
     );
@@ -837,11 +983,13 @@ fn a_running_daemon_refuses_a_bad_bundle_and_goes_on() {
         assert_eq!(results[number]["model"]["version"], "2");
     }
     assert!(
-        appliance
-            .log()
-            .contains(&format!("golden image {}", golden_image())),
+        appliance.log().contains("golden image 1: "),
         "{}",
         appliance.log()
+    );
+    assert!(
+        !appliance.log().contains(&golden_image()),
+        "a file's name in the log"
     );
     // The same one by a hangup.
     appliance.process.as_ref().unwrap().signal("HUP");

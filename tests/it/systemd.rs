@@ -77,7 +77,7 @@ fn systemd_hears_of_start_work_reload_and_stop() {
     let mut supervised = Supervised::new(&broker);
     supervised.appliance.start();
     supervised.wait_for("WATCHDOG=1");
-    assert!(supervised.count("EXTEND_TIMEOUT_USEC=") == 1 && supervised.count("READY=1") == 1);
+    assert!(supervised.count("EXTEND_TIMEOUT_USEC=") == 2 && supervised.count("READY=1") == 1);
     supervised.wait_for("STATUS=idle; 0 classified, 0 rejected; waiting: 0 files, 0 messages");
 
     for (number, slice) in slices(4).iter().enumerate() {
