@@ -333,30 +333,30 @@ impl<'a> HeatmapTarget<'a> {
     }
 }
 
-fn unreadable(error: std::io::Error) -> RejectReason {
+fn unreadable(error: &std::io::Error) -> RejectReason {
     let message = format!("the file cannot be read ({error})");
     RejectReason::new(RejectCode::Unreadable, message)
 }
 
 fn open_file(file: &Path) -> Result<File, RejectReason> {
     // A pipe would keep the opener waiting for ever.
-    if !file.metadata().map_err(unreadable)?.is_file() {
+    if !file.metadata().map_err(|e| unreadable(&e))?.is_file() {
         return Err(RejectReason::new(
             RejectCode::NotAFile,
             "not a regular file",
         ));
     }
-    File::open(file).map_err(unreadable)
+    File::open(file).map_err(|e| unreadable(&e))
 }
 
 fn read_file(mut file: File, limit: u64) -> Result<Vec<u8>, RejectReason> {
-    let length = file.metadata().map_err(unreadable)?.len();
+    let length = file.metadata().map_err(|e| unreadable(&e))?.len();
     if length > limit {
         let message = format!("{length} bytes; at most {limit} are read (limits.file_bytes)");
         return Err(RejectReason::new(RejectCode::FileTooLarge, message));
     }
     let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes).map_err(unreadable)?;
+    file.read_to_end(&mut bytes).map_err(|e| unreadable(&e))?;
     if bytes.is_empty() {
         Err(RejectReason::new(RejectCode::Empty, "the file is empty"))
     } else {
