@@ -1003,3 +1003,26 @@ fn a_running_daemon_refuses_a_bad_bundle_and_goes_on() {
     assert_always_online(&subscriber);
     assert_eq!(appliance.stop(), Some(0));
 }
+
+#[test]
+fn a_stop_does_not_wait_for_a_reload() {
+    let mut appliance = Appliance::new(NO_BROKER);
+    let folder = variant(&appliance, "slow");
+    let path = folder.join("manifest.toml");
+    let mut text = std::fs::read_to_string(&path).unwrap();
+    let image = shipped_manifest().golden.image.remove(0);
+    for _ in 0..90 {
+        let (file, probability) = (&image.file, image.probability);
+        text += &format!("\n[[golden.image]]\nfile = \"{file}\"\nprobability = {probability}\n");
+    }
+    std::fs::write(path, text).unwrap();
+    appliance.set("SCANSENTRY__MODEL__BUNDLE", folder.to_str().unwrap());
+    appliance.start();
+    appliance.process.as_ref().unwrap().signal("HUP");
+    assert_eq!(appliance.stop(), Some(0));
+    let log = appliance.log();
+    assert!(
+        log.contains("stopping") && !log.contains("configuration read again"),
+        "{log}"
+    );
+}
