@@ -1011,10 +1011,9 @@ fn a_stop_does_not_wait_for_a_reload() {
     let path = folder.join("manifest.toml");
     let mut text = std::fs::read_to_string(&path).unwrap();
     let image = shipped_manifest().golden.image.remove(0);
-    for _ in 0..90 {
-        let (file, probability) = (&image.file, image.probability);
-        text += &format!("\n[[golden.image]]\nfile = \"{file}\"\nprobability = {probability}\n");
-    }
+    let (file, probability) = (image.file, image.probability);
+    let entry = format!("\n[[golden.image]]\nfile = \"{file}\"\nprobability = {probability}\n");
+    text.push_str(&entry.repeat(90));
     std::fs::write(path, text).unwrap();
     appliance.set("SCANSENTRY__MODEL__BUNDLE", folder.to_str().unwrap());
     appliance.start();
