@@ -3,7 +3,7 @@
 CARGO ?= cargo
 SHARED_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test test-long test-tflite test-emulated test-deb test-arm64 test-board test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model convert test-convert reference fuzz clean
+.PHONY: demo test test-long test-tflite test-emulated test-deb test-arm64 test-board test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model model-train model-evaluate model-convert convert test-convert reference fuzz clean
 
 ## The main job in one process: embedded broker, simulated scanner, real model (ARGS="--count 20 --rate 5")
 demo: setup
@@ -100,9 +100,15 @@ asyncapi:
 		[ -d .deps/asyncapi/node_modules ] || npm install --prefix .deps/asyncapi --no-audit --no-fund --ignore-scripts @asyncapi/parser@3.6.3 && \
 		node scripts/check-asyncapi.mjs; fi
 
-## Train, convert, evaluate and bundle the model (about an hour on two cores; needs the image collections)
+## Render, train, evaluate, convert and bundle the model (three hours on two cores; SEEDS=1 for one; needs the image collections)
 model:
-	models/training/train.sh $(SHARED_DATA)/mri/index.csv
+	INDEX=$(SHARED_DATA)/mri/index.csv models/training/train.sh
+model-train:
+	INDEX=$(SHARED_DATA)/mri/index.csv models/training/train.sh render train
+model-evaluate:
+	INDEX=$(SHARED_DATA)/mri/index.csv models/training/train.sh evaluate
+model-convert:
+	INDEX=$(SHARED_DATA)/mri/index.csv models/training/train.sh convert bundle
 
 ## A bundle out of somebody's model: MODEL=file IMAGES=folder OUT=models/mine (ARGS for more; models/convert/README.md)
 convert:

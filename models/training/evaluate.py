@@ -1,120 +1,215 @@
-"""Figures of the int8 model on the test part (groups never trained or calibrated on), and how it differs from float.
+"""The figures of all trainings of a recipe, and of the int8 files made of them.
 
-evaluate.py --index INDEX.csv --float DIR/float.npz --model model.tflite --out evaluation.json
+    evaluate.py --data DIR --runs DIR --out evaluation.json [--int8 RUN-SEED=model.tflite]...
+
+Every picture is judged by a model that never saw its group: the folds give "trained on this source, new patients", the
+`without-...` runs "a source never trained on". Probabilities are calibrated (Platt 1999) by the other folds' answers; for
+`without-...` by all folds' answers of the sources that were trained on. Intervals resample whole groups.
 """
 
 import argparse
 import json
 import os
+import re
 import time
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter
 
 import data
-from convert import load_float
 from metrics import auc, calibration_error
-from preprocess import model_input
 
-MERGED = {"navoneel": "navoneel+br35h", "br35h": "navoneel+br35h"}  # they share groups
-THRESHOLD = 0.5
+EXITS = {"score": 0, "score of the smaller network": 1}
+KAGGLE = "navoneel+br35h"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--index", type=Path, required=True)
-    parser.add_argument("--float", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--int8", action="append", default=[], metavar="RUN-SEED=FILE")
     args = parser.parse_args()
-    test = [s for s in data.load(args.index) if s.part == "test"] + data.phantoms(200, seed=3, part="test")
-    images = np.stack([model_input(s.image, s.roi) for s in test])
-    int8, cam, milliseconds = run_int8(args.model, images)
-    net = load_float(args.float)
-    float32 = np.array([net((i[None].astype(np.float32) - 127.0) / 128.0, training=False)[0].numpy().item() for i in images])
-
-    label = np.array([s.label for s in test])
-    source = np.array([MERGED.get(s.source, s.source) for s in test])
-    sequence = np.array([s.file.rsplit("_", 1)[-1].removesuffix(".png") for s in test])
-    group = np.array([s.group for s in test])
-    sources = [figures(str(s), label, int8, group, source == s) for s in sorted(set(source))]
-    sources += [
-        figures(f"lgg, {q} only", label, int8, group, (source == "lgg") & (sequence == q)) for q in ("FLAIR", "T1pre", "T1post")
-    ]
-    real = source != "phantom"
-    sources.append(figures("all but phantom", label, int8, group, real))
-    logit = cam.mean((1, 2))
-    inner = (int8 > 0.02) & (int8 < 0.98)
-    result = {
-        "threshold": THRESHOLD,
-        "sources": sources,
-        "auc_float": {
-            r["source"]: rounded(auc(label[source == r["source"]], float32[source == r["source"]])) for r in sources[:6]
-        },
-        "agreement_percent": round(100.0 * float(np.mean((int8 >= THRESHOLD) == (float32 >= THRESHOLD))), 1),
-        "difference_mean": rounded(float(np.abs(int8 - float32).mean())),
-        "difference_max": rounded(float(np.abs(int8 - float32).max())),
-        "cam_logit_gap_mean": rounded(float(np.abs(logit - np.log(int8 / (1 - int8 + 1e-9) + 1e-9))[inner].mean())),
-        "calibration_error": rounded(calibration_error(label[real], int8[real])),
-        "milliseconds_one_thread": round(milliseconds, 1),
-        "test_images": int(real.sum()),
-        "test_groups": len(set(group[real])),
-        "model_bytes": args.model.stat().st_size,
-    }
+    samples = [data.Sample(**entry) for entry in json.loads((args.data / "samples.json").read_text())]
+    runs = {path.stem: dict(np.load(path)) for path in sorted(args.runs.glob("*.npz"))}
+    seeds = sorted({int(name.rsplit("-", 1)[1]) for name in runs if name.startswith("cv")})
+    result = {"exits": {}, "platt": {}}
+    for exit_name, column in EXITS.items():
+        rows = [row for seed in seeds for row in of_seed(samples, runs, seed, column)]
+        result["exits"][exit_name] = rows
+    folds = [run for name, run in runs.items() if name.startswith("cv")]
+    ids = np.concatenate([run["ids"] for run in folds])
+    for exit_name, column in EXITS.items():
+        result["platt"][exit_name] = [round(x, 4) for x in platt(np.concatenate([r["logits"][:, column] for r in folds]), ids, samples)]
+    result["int8"] = [of_int8(spec, args.data, samples, runs, result["platt"]["score"]) for spec in args.int8]
     args.out.write_text(json.dumps(result, indent=1) + "\n")
-    with open(Path(__file__).parent / "runs.jsonl", "a") as log:
-        log.write(json.dumps({"evaluation": result}) + "\n")
-    for row in sources:
-        print(row)
-    print({k: v for k, v in result.items() if k != "sources"})
+    for exit_name, rows in result["exits"].items():
+        print(exit_name)
+        for row in rows:
+            print("  ", row)
+    print(result["platt"], result["int8"])
 
 
-def run_int8(path: Path, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """(probability [n], cam [n, 7, 7] in logit units, median ms an image on one thread) for uint8 images [n, 224, 224, 3]."""
-    interpreter = Interpreter(str(path), num_threads=1)
+def of_seed(samples: list[data.Sample], runs: dict, seed: int, column: int) -> list[dict]:
+    """The table of one seed: each family by cross-validation, then each family that was left out."""
+    label, group = np.array([s.label for s in samples]), np.array([s.group for s in samples])
+    family, name = np.array([s.family for s in samples]), np.array([Path(s.file).stem for s in samples])
+    logit = np.full(len(samples), np.nan)
+    folds = [run for key, run in runs.items() if re.fullmatch(rf"cv\d-{seed}", key)]
+    for run in folds:
+        slope, offset = platt(
+            np.concatenate([r["logits"][:, column] for r in folds if r is not run] or [run["logits"][:, column]]),
+            np.concatenate([r["ids"] for r in folds if r is not run] or [run["ids"]]),
+            samples,
+        )
+        logit[run["ids"]] = slope * run["logits"][:, column] + offset
+    seen = ~np.isnan(logit)
+    rows = []
+
+    def add(title: str, chosen: np.ndarray, values=logit) -> None:
+        if chosen.any():
+            rows.append({"seed": seed, "on": title} | figures(label[chosen], values[chosen], group[chosen]))
+
+    # One vote per group and label: the mean of its pictures' logits.
+    kaggle = np.flatnonzero(seen & (family == KAGGLE))
+    votes = sorted({(group[i], label[i]) for i in kaggle})
+    if votes:
+        voted = np.array([logit[kaggle[(group[kaggle] == g) & (label[kaggle] == y)]].mean() for g, y in votes])
+        rows.append({"seed": seed, "on": f"{KAGGLE}, one vote a group"} | figures(np.array([y for _, y in votes]), voted, np.array([g for g, _ in votes])))
+    for one in sorted(set(family[seen])):
+        add(str(one), seen & (family == one))
+    edge = near_edge(name, label, family == "btp")
+    add("btp, within two slices of the tumour's edge", seen & edge)
+    for sequence in ("FLAIR", "T1pre", "T1post"):
+        add(f"lgg, {sequence} only", seen & (family == "lgg") & np.array([n.endswith(sequence) for n in name]))
+    volumes = [np.concatenate([r["volumes"][:, column] for r in folds])] if folds else []
+    if volumes:
+        slope, offset = platt(np.concatenate([r["logits"][:, column] for r in folds]), np.concatenate([r["ids"] for r in folds]), samples)
+        values = slope * volumes[0] + offset
+        rows.append({"seed": seed, "on": "healthy volumes, held back"} | figures(np.zeros(len(values), int), values, np.array(["v"] * len(values))))
+    for key, run in runs.items():
+        if key.startswith("without-") and key.endswith(f"-{seed}"):
+            left_out = key.removeprefix("without-").rsplit("-", 1)[0]
+            others = [(r["logits"][:, column], r["ids"]) for r in folds]
+            fit_logit, fit_ids = (np.concatenate(x) for x in zip(*others, strict=True)) if others else (run["logits"][:, column], run["ids"])
+            keep = family[fit_ids] != left_out
+            slope, offset = platt(fit_logit[keep], fit_ids[keep], samples) if keep.any() else (1.0, 0.0)
+            values = np.full(len(samples), np.nan)
+            values[run["ids"]] = slope * run["logits"][:, column] + offset
+            add(f"{left_out}, trained without it", ~np.isnan(values), values)
+    return rows
+
+
+def near_edge(name: np.ndarray, label: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Slices (`P01_Post_07`) within two of one with the other label, in the same series."""
+    place = {}
+    for i in np.flatnonzero(chosen):
+        series, number = name[i].rsplit("_", 1)
+        place.setdefault(series, {})[int(number)] = i
+    near = np.zeros(len(name), bool)
+    for slices in place.values():
+        for number, i in slices.items():
+            near[i] = any(label[slices[k]] != label[i] for k in range(number - 2, number + 3) if k in slices)
+    return near
+
+
+def platt(logits: np.ndarray, ids: np.ndarray, samples: list[data.Sample]) -> tuple[float, float]:
+    """Slope and offset of sigmoid(slope * logit + offset), by weighted maximum likelihood (Platt 1999), Newton's method.
+
+    Yes and no weigh the same, and within each every group of a source. A weak prior (slope 1, offset 0) holds where little decides.
+    """
+    keys = [(samples[i].source, samples[i].label, samples[i].group) for i in ids]
+    size = {key: keys.count(key) for key in set(keys)}
+    share = np.array([1 / size[key] for key in keys])
+    y = np.array([samples[i].label for i in ids], float)
+    for value in (0, 1):
+        share[y == value] *= 0.5 / share[y == value].sum()
+    x, prior = np.column_stack([logits, np.ones_like(logits)]).astype(np.float64), np.array([1.0, 0.0])
+
+    def loss(theta):
+        z = x @ theta
+        return np.sum(share * (np.logaddexp(0.0, z) - y * z)) + 0.002 * np.sum((theta - prior) ** 2)
+
+    theta = prior
+    for _ in range(50):
+        p = 0.5 * (1.0 + np.tanh(0.5 * (x @ theta)))
+        gradient = x.T @ (share * (p - y)) + 0.004 * (theta - prior)
+        hessian = (x * (share * p * (1.0 - p))[:, None]).T @ x + 0.004 * np.eye(2)
+        move = np.linalg.solve(hessian, gradient)
+        while loss(theta - move) > loss(theta) and np.abs(move).max() > 1e-9:
+            move = move / 2.0  # Newton overshoots where the logits are large
+        theta = theta - move
+    return float(theta[0]), float(theta[1])
+
+
+def figures(label: np.ndarray, logit: np.ndarray, group: np.ndarray) -> dict:
+    """At 0.5; None where a class is missing. 90 % intervals by resampling whole groups (five at least)."""
+    probability, members = 0.5 * (1 + np.tanh(0.5 * logit)), [np.flatnonzero(group == one) for one in sorted(set(group))]
+
+    def measure(pick: np.ndarray) -> dict[str, float | None]:
+        y, hit = label[pick], (logit[pick] >= 0) == (label[pick] == 1)
+        return {
+            "auc": auc(y, logit[pick]),
+            "accuracy": float(hit.mean()),
+            "sensitivity": float(hit[y == 1].mean()) if (y == 1).any() else None,
+            "specificity": float(hit[y == 0].mean()) if (y == 0).any() else None,
+        }
+
+    rng, drawn = np.random.default_rng(1), []
+    for _ in range(200 if len(members) >= 5 else 0):
+        drawn.append(measure(np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])))
+    result = {"no": int((label == 0).sum()), "yes": int((label == 1).sum()), "groups": len(members)}
+    for key, value in measure(np.arange(len(label))).items():
+        result[key] = rounded(value)
+        values = [d[key] for d in drawn if d[key] is not None]
+        result[f"{key}_90"] = [rounded(float(q)) for q in np.quantile(values, [0.05, 0.95])] if value is not None and values else None
+    return result | {"ece": rounded(calibration_error(label, probability))}
+
+
+def of_int8(spec: str, folder: Path, samples: list[data.Sample], runs: dict, scale: list[float]) -> dict:
+    """How an int8 file (`cv0-1=model.tflite`) answers on what its training held back (`all`: on every picture), against float."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    name, path = spec.split("=", 1)
+    run, plain = runs[name], np.load(folder / "plain-u8.npy", mmap_mode="r")
+    if len(run["ids"]):
+        ids, logit = run["ids"], run["logits"][:, 0]
+    else:
+        from network import split  # TensorFlow is slow to load, and only this needs it
+        from train import logits, restore
+
+        ids = np.array([i for i, s in enumerate(samples) if s.fold >= 0])
+        net, heads = restore(run)
+        logit = logits(split(net)[1], heads, np.load(folder / "plain.npy", mmap_mode="r")[ids])[:, 0]
+    interpreter = Interpreter(path, num_threads=1)
     interpreter.allocate_tensors()
-    target = interpreter.get_input_details()[0]["index"]
-    outputs = interpreter.get_output_details()
-    read, times = [[], []], []
-    for image in images:
-        interpreter.set_tensor(target, image[None])
+    target, out = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]
+    answers, times = [], []
+    for i in ids:
+        interpreter.set_tensor(target, plain[i][None])
         begun = time.perf_counter()
         interpreter.invoke()
         times.append(time.perf_counter() - begun)
-        for kept, detail in zip(read, outputs, strict=True):
-            scale, zero = detail["quantization"]
-            kept.append((interpreter.get_tensor(detail["index"]).astype(np.float64) - zero) * scale)
-    return np.array(read[0]).reshape(-1), np.array(read[1]).reshape(-1, 7, 7), 1000.0 * float(np.median(times))
-
-
-def figures(name: str, label: np.ndarray, score: np.ndarray, group: np.ndarray, chosen: np.ndarray) -> dict:
-    """The figures of one source; None where a class is missing. The AUC's 90 % interval resamples whole groups (ten at least)."""
-    y, p, g = label[chosen], score[chosen], group[chosen]
-    hit = (p >= THRESHOLD) == (y == 1)
-    members = [np.flatnonzero(g == one) for one in sorted(set(g))]
-    rng, drawn = np.random.default_rng(1), []
-    for _ in range(300):
-        pick = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-        drawn.append(auc(y[pick], p[pick]))
-    drawn = [a for a in drawn if a is not None]
+        answers.append(float(interpreter.get_tensor(out["index"]).ravel()[0]) * out["quantization"][0])
+    real, answers = 0.5 * (1 + np.tanh(0.5 * (scale[0] * logit + scale[1]))), np.array(answers)
+    label, family = np.array([samples[i].label for i in ids]), np.array([samples[i].family for i in ids])
+    both = [f for f in sorted(set(family)) if len(set(label[family == f])) == 2]
     return {
-        "source": name,
-        "no": int((y == 0).sum()),
-        "yes": int((y == 1).sum()),
-        "groups": len(members),
-        "auc": rounded(auc(y, p)),
-        "auc_90": [rounded(float(q)) for q in np.quantile(drawn, [0.05, 0.95])] if drawn and len(members) >= 10 else None,
-        "accuracy": rounded(float(hit.mean())),
-        "sensitivity": rounded(float(hit[y == 1].mean())) if (y == 1).any() else None,
-        "specificity": rounded(float(hit[y == 0].mean())) if (y == 0).any() else None,
-        "ece": rounded(calibration_error(y, p)),
+        "run": name,
+        "images": len(ids),
+        "decisions_equal": rounded(float(np.mean((answers >= 0.5) == (real >= 0.5)))),
+        "difference_mean": rounded(float(np.abs(answers - real).mean())),
+        "difference_max": rounded(float(np.abs(answers - real).max())),
+        "auc_float": {f: rounded(auc(label[family == f], real[family == f])) for f in both},
+        "auc_int8": {f: rounded(auc(label[family == f], answers[family == f])) for f in both},
+        "milliseconds_one_thread": round(1000 * float(np.median(times)), 1),
+        "bytes": Path(path).stat().st_size,
     }
 
 
 def rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
+    return None if value is None else round(value, 4)
 
 
 if __name__ == "__main__":

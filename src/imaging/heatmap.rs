@@ -10,7 +10,7 @@ use super::Picture;
 use super::resize::{ResizeFilter, ResizeSpec, Resizer};
 use crate::prediction::{Heatmap, Roi};
 
-/// Log-odds, for or against, at which a colour is full. The cells of the shipped model reach about 30.
+/// Log-odds, for or against, at which a colour is full. The cells of the shipped model reach about 12.
 pub const SCALE: f32 = 16.0;
 
 /// The longest side of the picture drawn, in pixels; a larger crop is scaled down to it.

@@ -67,7 +67,7 @@ describe("the dashboard", { timeout: 600_000 }, () => {
     await page.locator("tbody tr.positive a").first().click();
     await page.locator("#answer-title").waitFor();
     const text = await page.locator("main").innerText();
-    for (const words of ["braintumor 0.1", "threshold of 0.500", "never leaves the appliance", "research use only, not for diagnosis", "Part of the picture"]) {
+    for (const words of ["braintumor 0.2", "threshold of 0.500", "never leaves the appliance", "research use only, not for diagnosis", "Part of the picture"]) {
       assert.ok(text.includes(words), `${words} is missing`);
     }
     assert.equal(await page.locator(".heat").count(), 0);
