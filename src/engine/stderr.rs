@@ -5,8 +5,9 @@
 //! Lite 1.15 has no such setting. So while they may write, file descriptor 2 is a file in memory. What other threads wrote meanwhile is passed on afterwards.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -95,10 +96,12 @@ impl Caught {
         let mut text = Vec::new();
         let file = self.file.try_clone();
         drop(self);
-        if let Ok(mut file) = file
-            && file.seek(SeekFrom::Start(0)).is_ok()
-        {
-            let _ = file.read_to_end(&mut text);
+        if let Ok(file) = file {
+            // Not by seeking: another thread's line that is still being written would land on the beginning.
+            let mut part = [0; 4096];
+            while let Ok(count @ 1..) = file.read_at(&mut part, text.len() as u64) {
+                text.extend_from_slice(&part[..count]);
+            }
         }
         String::from_utf8_lossy(&text).into_owned()
     }
