@@ -184,13 +184,13 @@ pub struct Classifier {
 }
 
 impl Classifier {
-    /// Loads the bundle's model with the threads that `config` gives it and checks that its tensors are what the manifest says, and that
-    /// what the configuration says about decisions goes with the model's own rule.
-    pub fn new(bundle: Arc<Bundle>, config: &Config) -> Result<Self, BundleError> {
-        let rule = config
-            .decision
-            .over(&bundle.manifest.decision)
-            .map_err(BundleError)?;
+    /// Loads the bundle's model with the threads that `config` gives it and checks that its tensors are what the manifest says. It decides
+    /// by `rule`, see [`config::Decision::over`](crate::config::Decision::over).
+    pub fn new(
+        bundle: Arc<Bundle>,
+        rule: RuleInForce,
+        config: &Config,
+    ) -> Result<Self, BundleError> {
         let engine = engine::load(
             runtime(config.model.engine)?,
             &bundle.model,

@@ -158,8 +158,9 @@ pub fn prepare_with(config: Config, files: Files) -> Result<Prepared, Vec<String
 
 /// One for each worker.
 fn classifiers(first: Classifier, config: &Config) -> Result<Vec<Classifier>, BundleError> {
-    let bundle = first.bundle().clone();
-    let rest = (1..config.pipeline.worker_count()).map(|_| Classifier::new(bundle.clone(), config));
+    let (bundle, rule) = (first.bundle().clone(), *first.rule());
+    let rest =
+        (1..config.pipeline.worker_count()).map(|_| Classifier::new(bundle.clone(), rule, config));
     std::iter::once(Ok(first)).chain(rest).collect()
 }
 

@@ -201,8 +201,8 @@ pub struct Heatmap {
     pub width: usize,
     /// Cells down.
     pub height: usize,
-    /// Row by row, log-odds for a positive label: above 0 speaks for it, below 0 against. What they add up to is the model's affair; the
-    /// shipped one's mean is its logit.
+    /// Row by row: above 0 speaks for a positive label, below 0 against. The unit is the model's affair: of a linear map it is log-odds, of the
+    /// shipped one four times a cell's log-odds of showing a lesion, and nothing below 0.
     pub cells: Vec<f32>,
 }
 

@@ -41,6 +41,7 @@ ALLOWED = {
 # The map is drawn in full colour at 16 (imaging::heatmap): a cell's log-odds of 4. Below 0 it is empty: most cells of any picture
 # are, and what they "speak against" is only a lesion in that place.
 MAP_GAIN = 4.0
+OUTPUTS = ("logit", "map")
 CALIBRATION_IMAGES = 200
 KEPT = 0.9999
 
@@ -117,7 +118,8 @@ class Deployed(tf.Module):
     def ranged(self, name: str, x):
         """`x`, noted while calibrating, with its range's steps afterwards."""
         if self.seen is not None:
-            self.seen.setdefault(name, []).append(x.numpy().ravel())
+            # Of the many values inside every fifth is enough; of the outputs none is left out.
+            self.seen.setdefault(name, []).append(x.numpy().ravel()[:: 1 if name in OUTPUTS else 5].copy())
         elif name in self.ranges:
             x = tf.quantization.fake_quant_with_min_max_args(x, *self.ranges[name], num_bits=8)
         return x
@@ -135,14 +137,12 @@ class Deployed(tf.Module):
         self.seen = {}
         for start in range(0, len(pictures), 8):
             self(tf.constant(to_float(pictures[start : start + 8])))
-        seen = {name: np.concatenate([part[::5] for part in parts]) for name, parts in self.seen.items()}
-        whole = {name: np.concatenate(self.seen[name]) for name in ("logit", "map")}
-        self.seen = None
+        seen, self.seen = {name: np.concatenate(parts) for name, parts in self.seen.items()}, None
         for name, values in seen.items():
             if name == "image":
                 low, high = -127 / 128, 1.0
-            elif name in whole:
-                low, high = float(whole[name].min()), float(whole[name].max())
+            elif name in OUTPUTS:
+                low, high = float(values.min()), float(values.max())
             elif name.endswith(("_project_conv", "sum")):
                 low, high = (float(q) for q in np.quantile(values, [1 - KEPT, KEPT]))
             else:

@@ -8,6 +8,7 @@ Every picture is judged by a model that never saw its group: the folds give "tra
 """
 
 import argparse
+import collections
 import json
 import os
 import re
@@ -39,9 +40,8 @@ def main() -> None:
         rows = [row for seed in seeds for row in of_seed(samples, runs, seed, column)]
         result["exits"][exit_name] = rows
     folds = [run for name, run in runs.items() if name.startswith("cv")]
-    ids = np.concatenate([run["ids"] for run in folds])
     for exit_name, column in EXITS.items():
-        result["platt"][exit_name] = [round(x, 4) for x in platt(np.concatenate([r["logits"][:, column] for r in folds]), ids, samples)]
+        result["platt"][exit_name] = [round(x, 4) for x in fitted(folds, column, samples)]
     result["int8"] = [of_int8(spec, args.data, samples, runs, result["platt"]["score"]) for spec in args.int8]
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     for exit_name, rows in result["exits"].items():
@@ -58,11 +58,7 @@ def of_seed(samples: list[data.Sample], runs: dict, seed: int, column: int) -> l
     logit = np.full(len(samples), np.nan)
     folds = [run for key, run in runs.items() if re.fullmatch(rf"cv\d-{seed}", key)]
     for run in folds:
-        slope, offset = platt(
-            np.concatenate([r["logits"][:, column] for r in folds if r is not run] or [run["logits"][:, column]]),
-            np.concatenate([r["ids"] for r in folds if r is not run] or [run["ids"]]),
-            samples,
-        )
+        slope, offset = fitted([r for r in folds if r is not run] or [run], column, samples)
         logit[run["ids"]] = slope * run["logits"][:, column] + offset
     seen = ~np.isnan(logit)
     rows = []
@@ -83,18 +79,14 @@ def of_seed(samples: list[data.Sample], runs: dict, seed: int, column: int) -> l
     add("btp, within two slices of the tumour's edge", seen & edge)
     for sequence in ("FLAIR", "T1pre", "T1post"):
         add(f"lgg, {sequence} only", seen & (family == "lgg") & np.array([n.endswith(sequence) for n in name]))
-    volumes = [np.concatenate([r["volumes"][:, column] for r in folds])] if folds else []
-    if volumes:
-        slope, offset = platt(np.concatenate([r["logits"][:, column] for r in folds]), np.concatenate([r["ids"] for r in folds]), samples)
-        values = slope * volumes[0] + offset
+    if folds:
+        slope, offset = fitted(folds, column, samples)
+        values = slope * np.concatenate([r["volumes"][:, column] for r in folds]) + offset
         rows.append({"seed": seed, "on": "healthy volumes, held back"} | figures(np.zeros(len(values), int), values, np.array(["v"] * len(values))))
     for key, run in runs.items():
         if key.startswith("without-") and key.endswith(f"-{seed}"):
             left_out = key.removeprefix("without-").rsplit("-", 1)[0]
-            others = [(r["logits"][:, column], r["ids"]) for r in folds]
-            fit_logit, fit_ids = (np.concatenate(x) for x in zip(*others, strict=True)) if others else (run["logits"][:, column], run["ids"])
-            keep = family[fit_ids] != left_out
-            slope, offset = platt(fit_logit[keep], fit_ids[keep], samples) if keep.any() else (1.0, 0.0)
+            slope, offset = fitted(folds, column, samples, family != left_out)
             values = np.full(len(samples), np.nan)
             values[run["ids"]] = slope * run["logits"][:, column] + offset
             add(f"{left_out}, trained without it", ~np.isnan(values), values)
@@ -114,13 +106,21 @@ def near_edge(name: np.ndarray, label: np.ndarray, chosen: np.ndarray) -> np.nda
     return near
 
 
+def fitted(folds: list[dict], column: int, samples: list[data.Sample], usable: np.ndarray | None = None) -> tuple[float, float]:
+    """:func:`platt` by what the folds say of the samples they held back, or of those that are `usable` (bool [samples]); (1, 0) of none."""
+    ids = np.concatenate([np.zeros(0, int), *(run["ids"] for run in folds)])
+    logits = np.concatenate([np.zeros(0), *(run["logits"][:, column] for run in folds)])
+    keep = np.ones(len(ids), bool) if usable is None else usable[ids]
+    return platt(logits[keep], ids[keep], samples) if keep.any() else (1.0, 0.0)
+
+
 def platt(logits: np.ndarray, ids: np.ndarray, samples: list[data.Sample]) -> tuple[float, float]:
     """Slope and offset of sigmoid(slope * logit + offset), by weighted maximum likelihood (Platt 1999), Newton's method.
 
     Yes and no weigh the same, and within each every group of a source. A weak prior (slope 1, offset 0) holds where little decides.
     """
     keys = [(samples[i].source, samples[i].label, samples[i].group) for i in ids]
-    size = {key: keys.count(key) for key in set(keys)}
+    size = collections.Counter(keys)
     share = np.array([1 / size[key] for key in keys])
     y = np.array([samples[i].label for i in ids], float)
     for value in (0, 1):

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import tensorflow as tf
 from keras import Input, Model, layers
 
 FEATURES = 1280
@@ -91,8 +92,6 @@ class Heads:
 
     def __call__(self, middle, features, drop=lambda x, share: x):
         """(score [n], score14 [n], map14 [n, 14, 14], map7 [n, 7, 7]), all logits; `drop(x, share)` is the dropout."""
-        import tensorflow as tf
-
         early = self.early(middle)
         score = self.score(drop(tf.reduce_mean(features, (1, 2)), 0.3))[:, 0]
         score14 = self.score14(drop(tf.reduce_mean(early, (1, 2)), 0.1))[:, 0]

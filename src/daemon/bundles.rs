@@ -134,8 +134,8 @@ fn key(config: &Config) -> Result<Option<PublicKey>, Refusal> {
 pub fn load(dir: &Path, config: &Config) -> Result<Classifier, Refusal> {
     let bundle = Bundle::read(dir, key(config)?.as_ref())?;
     let rule = config.decision.over(&bundle.manifest.decision);
-    rule.map_err(Refusal::Configuration)?;
-    Ok(Classifier::new(Arc::new(bundle), config)?)
+    let rule = rule.map_err(Refusal::Configuration)?;
+    Ok(Classifier::new(Arc::new(bundle), rule, config)?)
 }
 
 /// Everything that can be checked of the bundle in `dir`, on this machine's engine.

@@ -562,6 +562,22 @@ fn sign(folder: &Path, key: &SigningKey) {
     std::fs::write(folder.join("manifest.toml.sig"), signature).unwrap();
 }
 
+/// What each verb that loads the model says in refusing, with exit code 78.
+fn refusals(appliance: &Appliance) -> Vec<(&'static [&'static str], String)> {
+    let verbs: [&'static [&'static str]; 4] = [
+        &["check", "--offline"],
+        &["run"],
+        &["model", "show"],
+        &["model", "verify"],
+    ];
+    let refusal = |verb: &'static [&'static str]| {
+        let output = appliance.command(verb).output().unwrap();
+        assert_eq!(output.status.code(), Some(78), "{verb:?}");
+        (verb, stderr(&output))
+    };
+    verbs.map(refusal).into()
+}
+
 #[test]
 fn with_a_key_only_signed_bundles_run() {
     let mut appliance = Appliance::new(NO_BROKER);
@@ -569,15 +585,7 @@ fn with_a_key_only_signed_bundles_run() {
     let key = configured_key(&mut appliance);
 
     // Neither the installed nor the configured bundle is signed: every problem is said, and nothing runs.
-    for verb in [
-        &["check", "--offline"][..],
-        &["run"],
-        &["model", "show"],
-        &["model", "verify"],
-    ] {
-        let output = appliance.command(verb).output().unwrap();
-        assert_eq!(output.status.code(), Some(78), "{verb:?}");
-        let problems = stderr(&output);
+    for (verb, problems) in refusals(&appliance) {
         let about = |start: &str| {
             problems
                 .lines()
@@ -693,15 +701,7 @@ fn a_decision_that_does_not_go_with_the_installed_model_is_no_reason_for_another
 
     // The other way round.
     appliance.set("SCANSENTRY__DECISION__INDETERMINATE", "0.4, 0.6");
-    for verb in [
-        &["check", "--offline"][..],
-        &["run"],
-        &["model", "show"],
-        &["model", "verify"],
-    ] {
-        let output = appliance.command(verb).output().unwrap();
-        assert_eq!(output.status.code(), Some(78), "{verb:?}");
-        let problems = stderr(&output);
+    for (verb, problems) in refusals(&appliance) {
         let line = "decision.indeterminate: [0.4, 0.6] does not hold the threshold 0.65; ";
         assert!(
             problems.starts_with(line) && problems.lines().count() == 1,
