@@ -3,7 +3,7 @@
 CARGO ?= cargo
 SHARED_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test test-long test-tflite test-emulated test-deb test-arm64 test-board test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model model-train model-evaluate model-convert convert test-convert reference fuzz clean
+.PHONY: demo test faults test-tflite test-emulated test-deb test-arm64 test-board test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model model-train model-evaluate model-convert convert test-convert reference fuzz clean
 
 ## The main job in one process: embedded broker, simulated scanner, real model (ARGS="--count 20 --rate 5")
 demo: setup
@@ -13,9 +13,9 @@ demo: setup
 test: setup
 	$(CARGO) test
 
-## The long runs: 300 real images, ten kills of the daemon and of the broker (needs ../shared/data)
-test-long: setup
-	$(CARGO) test --release --test it -- --ignored --nocapture --test-threads=1
+## The fault suite in its long form: the parts that `make test` runs short or not at all (some need ../shared/data)
+faults: setup
+	$(CARGO) test --test it -- --ignored --nocapture --test-threads=1
 
 ## The dashboard in a real browser
 test-browser: setup-browser

@@ -9,6 +9,7 @@ pub mod config;
 pub mod daemon;
 pub mod dashboard;
 pub mod engine;
+pub mod failpoint;
 pub mod health;
 pub mod history;
 pub mod home_assistant;

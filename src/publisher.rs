@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{Health as HealthConfig, HomeAssistant, Mqtt};
+use crate::failpoint;
 use crate::health::{Condition, Conditions, Health};
 use crate::home_assistant;
 use crate::message::{
@@ -388,6 +389,7 @@ impl<'a> Connection<'a> {
                 let ticket = self
                     .publish(&message.topic, message.payload, &sending)
                     .await?;
+                failpoint::hit("sent", 0);
                 self.sent_now = self.sent_now.max(message.seq);
                 self.in_flight.insert(ticket, (message.seq, Instant::now()));
             }
@@ -516,6 +518,7 @@ impl<'a> Connection<'a> {
 
     /// Takes acknowledged messages out of the outbox. If that cannot be written now, they count against the window until it can.
     async fn confirm(&mut self) -> Result<(), Ended> {
+        failpoint::hit("acknowledged", 0);
         let seqs = self.unconfirmed.clone();
         let confirmed = self
             .publisher
@@ -523,7 +526,10 @@ impl<'a> Connection<'a> {
             .call(move |ledger| ledger.confirm(&seqs))
             .await;
         match confirmed {
-            Ok(()) => self.unconfirmed.clear(),
+            Ok(()) => {
+                failpoint::hit("confirmed", 0);
+                self.unconfirmed.clear();
+            }
             Err(StoreError::Closed) => return Err(Ended::Store(StoreError::Closed)),
             Err(error) => {
                 let message = error.to_string();

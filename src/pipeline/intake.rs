@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Candidate, Disposition, Report};
 use crate::config::Config;
+use crate::failpoint;
 use crate::health::{Condition, Health};
 use crate::progress::Stopwatch;
 use crate::scan::{ScanFile, Stamp};
@@ -311,6 +312,7 @@ impl Intake {
     }
 
     fn hint(&mut self, hint: Hint) {
+        failpoint::hit("hint", 0);
         match hint {
             Hint::Complete(path) => self.ready(path, false),
             Hint::Changed(path) => self.settle(path, None, false),
@@ -344,6 +346,7 @@ impl Intake {
             self.walks.full_due = true;
             return;
         }
+        failpoint::hit("complete", 0);
         self.settling.remove(&path);
         self.taken.insert(path.clone());
         self.ready.push_back(Candidate { path, last_chance });

@@ -14,6 +14,7 @@ use super::read::{Content, read};
 use super::{Candidate, Disposition, Report};
 use crate::classifier::Classifier;
 use crate::config::Config;
+use crate::failpoint;
 use crate::health::{Condition, Health};
 use crate::imaging::decode::Limits;
 use crate::imaging::dicom::DicomHeader;
@@ -115,6 +116,7 @@ impl Worker {
             Content::Rejected(reason, stamp) => (Err(reason), stamp),
             Content::Bytes(bytes, stamp) => (Ok(bytes), stamp),
         };
+        failpoint::hit("read", stamp.size);
         let scan_id = self.identity(&content, &candidate.path, stamp);
         let file = ScanFile {
             path: candidate.path.clone(),
@@ -148,6 +150,7 @@ impl Worker {
                 return Disposition::Blocked;
             }
         };
+        failpoint::hit("claimed", stamp.size);
         let start = Instant::now();
         self.stopwatch.start();
         let (mut examined, group) = match content {
@@ -166,6 +169,7 @@ impl Worker {
                 None => Disposition::Blocked,
             };
         }
+        failpoint::hit("inferred", stamp.size);
         log(&examined, start.elapsed());
         self.record(examined, group)
     }
@@ -250,6 +254,7 @@ impl Worker {
         path: &Path,
         stamp: Stamp,
     ) -> Result<(Examined, StudyGroup), RejectReason> {
+        failpoint::hit("infer", stamp.size);
         let limits = decode_limits(&self.context.config);
         let file = self.classifier.classify_file(bytes, &limits)?;
         let header = file.header.as_ref();
@@ -311,6 +316,7 @@ impl Worker {
         let Some(recorded) = recorded else {
             return Disposition::Blocked;
         };
+        failpoint::hit("recorded", 0);
         if let Some(Recorded { study_id, revision }) = recorded {
             let context = &self.context;
             context.metrics.count(&examined);

@@ -6,6 +6,7 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension as _, params};
 
 use super::StoreError;
 use crate::config::AlertRule;
+use crate::failpoint;
 use crate::message::{AlertChange, Counts, OutboxMessage, PositivePicture, StudyState};
 use crate::prediction::{Decision, RejectCode};
 use crate::scan::{Pseudonym, ScanFile, ScanId, Stamp, path_bytes, path_from_bytes};
@@ -516,6 +517,7 @@ impl Ledger {
                  ON CONFLICT (scan_id) DO UPDATE SET session = ?2, attempts = attempts + 1, claimed_at = ?3",
             )?
             .execute(params![&scan_id.0[..], self.session, now])?;
+        failpoint::hit("claim", 0);
         if attempts >= max_attempts {
             return Ok(Claim::GiveUp { deaths: attempts });
         }
@@ -642,6 +644,7 @@ impl Ledger {
         for message in encode(&study, raise.then_some(AlertChange::Raised), revision) {
             self.enqueue(&message, now)?;
         }
+        failpoint::hit("record", 0);
         Ok(Some(Recorded { study_id, revision }))
     }
 
@@ -1096,6 +1099,7 @@ impl Ledger {
             }
         }
         self.outbox = self.outbox.saturating_sub(gone as u64);
+        failpoint::hit("confirm", 0);
         self.count("delivered", gone as i64)
     }
 

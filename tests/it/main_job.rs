@@ -481,9 +481,9 @@ fn killed_at_random_times_loses_nothing_and_doubles_nothing() {
     kills(&images, 4, 3, Duration::from_millis(900));
 }
 
-/// The run that the first issue asks for: 300 real images, ten kills of each. `make test-long`.
+/// The run that the first issue asks for: 300 real images, ten kills of each. `make faults`.
 #[test]
-#[ignore = "long: make test-long"]
+#[ignore = "long: make faults"]
 fn killed_ten_times_with_300_real_images() {
     let Some(images) = real_images(300) else {
         println!("skipped: no ../shared/data");
@@ -542,7 +542,7 @@ fn kills(images: &[Vec<u8>], of_daemon: usize, of_broker: usize, pace: Duration)
 
 /// SD cards wear: what the daemon writes for one image, its messages acknowledged, images coming one by one.
 #[test]
-#[ignore = "long: make test-long"]
+#[ignore = "long: make faults"]
 fn little_is_written_for_an_image() {
     const IMAGES: usize = 40;
     let broker = Mosquitto::start();
@@ -574,7 +574,7 @@ fn little_is_written_for_an_image() {
 }
 
 #[test]
-#[ignore = "long: make test-long"]
+#[ignore = "long: make faults"]
 fn three_hundred_real_images_arrive_as_three_hundred_results() {
     let Some(images) = real_images(300) else {
         println!("skipped: no ../shared/data");
