@@ -18,6 +18,8 @@ pub enum Condition {
     BrokerAway,
     /// The broker refuses messages.
     BrokerRefuses,
+    /// Messages are set aside that the broker does not take while it takes others.
+    MessagesParked,
     /// The state directory cannot be written.
     StateUnwritable,
     /// The outbox is at its limit.
@@ -40,6 +42,7 @@ impl Condition {
             Self::EventsUnavailable => "events_unavailable",
             Self::BrokerAway => "broker_away",
             Self::BrokerRefuses => "broker_refuses",
+            Self::MessagesParked => "messages_parked",
             Self::StateUnwritable => "state_unwritable",
             Self::OutboxFull => "outbox_full",
             Self::LedgerRebuilt => "ledger_rebuilt",

@@ -618,6 +618,10 @@ pub struct Counts {
     pub outbox: u64,
     /// When the oldest waiting message was recorded, seconds since 1970.
     pub oldest_outbox: Option<i64>,
+    /// Messages set aside that the broker did not take while it took others.
+    pub parked: u64,
+    /// Of these, given up because there were too many.
+    pub dropped: u64,
 }
 
 /// One reason for being degraded.
@@ -695,6 +699,8 @@ pub struct OutboxMessage {
     pub topic: String,
     /// The bytes to send.
     pub payload: Vec<u8>,
+    /// Whether it has been parked before.
+    pub returned: bool,
 }
 
 impl AlertChange {
@@ -1001,6 +1007,7 @@ impl Reporter {
             event_id,
             topic: self.sender.topic(kind),
             payload: encode(payload),
+            returned: false,
         }
     }
 }

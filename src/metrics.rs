@@ -79,6 +79,8 @@ pub struct Now<'a> {
     pub files: u64,
     /// Messages in the outbox.
     pub messages: u64,
+    /// Parked messages.
+    pub parked: u64,
     /// Whether there is a connection to the broker.
     pub connected: bool,
     /// Published codes of the conditions that hold.
@@ -158,6 +160,12 @@ impl Metrics {
             "backlog_messages",
             "Messages that the broker has not acknowledged",
             now.messages,
+        );
+        level(
+            registry,
+            "outbox_parked",
+            "Messages set aside that the broker did not take while it took others",
+            now.parked,
         );
         level(
             registry,

@@ -5,10 +5,12 @@
 //! cancelled half-way through a poll) and matches ids with tickets: rumqttc sends in the order of the calls, so the n-th `Outgoing::Publish`
 //! belongs to the n-th ticket.
 
+mod lost;
+
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use rumqttc::{TlsConfiguration, Transport, v5};
@@ -19,6 +21,8 @@ use tokio_rustls::rustls::{self, ClientConfig, RootCertStore};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::config::{BrokerAddress, Mqtt};
+
+pub use lost::{Lost, Refusal};
 
 /// Largest packet in or out; far above any message of ours.
 const MAX_PACKET: usize = 1 << 20;
@@ -221,7 +225,7 @@ pub enum Event {
     /// The broker has the message.
     Acked(Ticket),
     /// The broker does not take the message.
-    Refused(Ticket, String),
+    Refused(Ticket, Refusal),
     /// A message on a subscribed topic.
     Message {
         /// Its topic.
@@ -234,13 +238,37 @@ pub enum Event {
         receipt: Option<Receipt>,
     },
     /// The connection is gone, and this session with it.
-    Lost(String),
+    Lost(Lost),
 }
 
 /// The session is gone.
 #[derive(Debug, thiserror::Error)]
 #[error("connection to the broker is gone")]
 pub struct Gone;
+
+/// Why a message was not sent.
+#[derive(Debug, thiserror::Error)]
+pub enum Unsent {
+    /// The session is gone.
+    #[error(transparent)]
+    Gone(#[from] Gone),
+    /// The broker has said that it takes no message of this size, in bytes with its topic and properties.
+    #[error("{bytes} bytes, and the broker takes {limit}")]
+    TooLarge {
+        /// Bytes of the message.
+        bytes: usize,
+        /// Bytes that the broker takes.
+        limit: usize,
+    },
+}
+
+/// What the broker has said of a session's limits and subscriptions.
+#[derive(Debug)]
+struct Said {
+    subscription_refused: AtomicBool,
+    /// Most bytes of one packet.
+    max_packet: AtomicU32,
+}
 
 enum Client {
     V4(rumqttc::AsyncClient),
@@ -252,7 +280,7 @@ pub struct Session {
     client: Client,
     events: mpsc::UnboundedReceiver<Event>,
     next: Ticket,
-    refused: Arc<AtomicBool>,
+    said: Arc<Said>,
     // Polls the event loop; ends with the session.
     _poller: AbortOnDropHandle<()>,
 }
@@ -263,7 +291,10 @@ impl Session {
         // Unbounded, because a bounded channel could stop the poller while this side waits for the poller. What can gather is bounded all
         // the same: acknowledgements by the messages in flight, and incoming messages by QoS 1 and the broker's own window.
         let (events_tx, events) = mpsc::unbounded_channel();
-        let refused = Arc::new(AtomicBool::new(false));
+        let said = Arc::new(Said {
+            subscription_refused: AtomicBool::new(false),
+            max_packet: AtomicU32::new(u32::MAX),
+        });
         let receipts = settings.persistent.map_or(0, |_| RECEIVE_MAXIMUM);
         let requests = usize::from(settings.inflight) + usize::from(receipts) + SPARE_REQUESTS;
         let (client, poller) = if settings.protocol == 4 {
@@ -303,7 +334,7 @@ impl Session {
                     event_loop,
                     events_tx,
                     settings.persistent.is_some(),
-                    refused.clone(),
+                    said.clone(),
                 )),
             )
         } else {
@@ -354,7 +385,7 @@ impl Session {
                     event_loop,
                     events_tx,
                     settings.persistent.is_some(),
-                    refused.clone(),
+                    said.clone(),
                 )),
             )
         };
@@ -362,7 +393,7 @@ impl Session {
             client,
             events,
             next: 0,
-            refused,
+            said,
             _poller: AbortOnDropHandle::new(poller),
         }
     }
@@ -386,7 +417,7 @@ impl Session {
         topic: &str,
         payload: Vec<u8>,
         sending: &Sending,
-    ) -> Result<Ticket, Gone> {
+    ) -> Result<Ticket, Unsent> {
         let retain = sending.retain;
         match &self.client {
             Client::V4(client) => {
@@ -403,14 +434,17 @@ impl Session {
                     user_properties: sending.user_properties(),
                     ..Default::default()
                 };
+                let qos = v5::mqttbytes::QoS::AtLeastOnce;
+                let message =
+                    v5::mqttbytes::v5::Publish::new(topic, qos, payload, Some(properties.clone()));
+                // Two bytes more: it has no packet identifier yet.
+                let bytes = message.size() + 2;
+                let limit = self.said.max_packet.load(Ordering::Relaxed) as usize;
+                if bytes > limit {
+                    return Err(Unsent::TooLarge { bytes, limit });
+                }
                 client
-                    .publish_with_properties(
-                        topic,
-                        v5::mqttbytes::QoS::AtLeastOnce,
-                        retain,
-                        payload,
-                        properties,
-                    )
+                    .publish_with_properties(topic, qos, retain, message.payload, properties)
                     .await
                     .map_err(|_| Gone)?;
             }
@@ -444,7 +478,7 @@ impl Session {
 
     /// Whether the broker has refused a subscription of this session; a warning in the log says why.
     pub fn refused(&self) -> bool {
-        self.refused.load(Ordering::Relaxed)
+        self.said.subscription_refused.load(Ordering::Relaxed)
     }
 
     /// Tells the broker that a message of a persistent session is safe; until then it sends it again on the next connection.
@@ -499,29 +533,33 @@ impl Tickets {
     }
 }
 
-fn refuse_subscription(refused: &AtomicBool, reason: &str) {
+fn refuse_subscription(said: &Said, reason: &str) {
     tracing::warn!("the broker refuses a subscription ({reason}); check its access rules");
-    refused.store(true, Ordering::Relaxed);
+    said.subscription_refused.store(true, Ordering::Relaxed);
 }
 
 async fn poll_v4(
     mut event_loop: rumqttc::EventLoop,
     events: mpsc::UnboundedSender<Event>,
     receipts: bool,
-    refused: Arc<AtomicBool>,
+    said: Arc<Said>,
 ) {
     use rumqttc::{Event as E, Outgoing, Packet, SubscribeReasonCode};
     let mut tickets = Tickets::default();
+    let mut connected = false;
     loop {
         let event = match event_loop.poll().await {
-            Ok(E::Incoming(Packet::ConnAck(_))) => Event::Connected,
+            Ok(E::Incoming(Packet::ConnAck(_))) => {
+                connected = true;
+                Event::Connected
+            }
             Ok(E::Incoming(Packet::PubAck(ack))) => match tickets.acked(ack.pkid) {
                 Some(ticket) => Event::Acked(ticket),
                 None => continue,
             },
             Ok(E::Incoming(Packet::SubAck(ack))) => {
                 if ack.return_codes.contains(&SubscribeReasonCode::Failure) {
-                    refuse_subscription(&refused, "no reason given");
+                    refuse_subscription(&said, "no reason given");
                 }
                 continue;
             }
@@ -537,7 +575,7 @@ async fn poll_v4(
             }
             Ok(E::Outgoing(Outgoing::Disconnect)) => Event::Lost("closed".into()),
             Ok(_) => continue,
-            Err(error) => Event::Lost(error.to_string()),
+            Err(error) => Event::Lost(Lost::v4(&error, connected)),
         };
         let last = matches!(event, Event::Lost(_));
         if events.send(event).is_err() || last {
@@ -550,27 +588,34 @@ async fn poll_v5(
     mut event_loop: v5::EventLoop,
     events: mpsc::UnboundedSender<Event>,
     receipts: bool,
-    refused: Arc<AtomicBool>,
+    said: Arc<Said>,
 ) {
     use rumqttc::Outgoing;
     use v5::Event as E;
     use v5::mqttbytes::v5::{Packet, PubAckReason, SubscribeReasonCode};
     let mut tickets = Tickets::default();
+    let mut connected = false;
     loop {
         let event = match event_loop.poll().await {
-            Ok(E::Incoming(Packet::ConnAck(_))) => Event::Connected,
+            Ok(E::Incoming(Packet::ConnAck(answer))) => {
+                connected = true;
+                if let Some(limit) = answer.properties.and_then(|p| p.max_packet_size) {
+                    said.max_packet.store(limit, Ordering::Relaxed);
+                }
+                Event::Connected
+            }
             Ok(E::Incoming(Packet::PubAck(ack))) => match (tickets.acked(ack.pkid), ack.reason) {
                 (None, _) => continue,
                 (Some(ticket), PubAckReason::Success | PubAckReason::NoMatchingSubscribers) => {
                     Event::Acked(ticket)
                 }
-                (Some(ticket), reason) => Event::Refused(ticket, format!("{reason:?}")),
+                (Some(ticket), reason) => Event::Refused(ticket, reason.into()),
             },
             Ok(E::Incoming(Packet::SubAck(ack))) => {
                 let failed =
                     |c: &&SubscribeReasonCode| !matches!(c, SubscribeReasonCode::Success(_));
                 if let Some(code) = ack.return_codes.iter().find(failed) {
-                    refuse_subscription(&refused, &format!("{code:?}"));
+                    refuse_subscription(&said, &format!("{code:?}"));
                 }
                 continue;
             }
@@ -586,7 +631,7 @@ async fn poll_v5(
             }
             Ok(E::Outgoing(Outgoing::Disconnect)) => Event::Lost("closed".into()),
             Ok(_) => continue,
-            Err(error) => Event::Lost(error.to_string()),
+            Err(error) => Event::Lost(Lost::v5(&error, connected)),
         };
         let last = matches!(event, Event::Lost(_));
         if events.send(event).is_err() || last {
@@ -630,6 +675,14 @@ impl Backoff {
     pub fn reset(&mut self) {
         self.now = self.min;
     }
+
+    /// Back to the shortest wait, if a connection has lasted ten times as long as the wait before it, or twice the longest. One that is
+    /// accepted and soon lost each time does not work: two clients with the same id take the session from each other.
+    pub fn lasted(&mut self, time: Duration) {
+        if time >= (self.now / 2 * 10).min(self.max * 2) {
+            self.reset();
+        }
+    }
 }
 
 #[cfg(test)]
@@ -649,6 +702,13 @@ mod tests {
             assert!((full / 2..=full).contains(&wait), "{wait} of {full}");
         }
         backoff.reset();
+        assert!(backoff.wait().as_millis() <= 100);
+        backoff.lasted(Duration::from_millis(900));
+        assert!(
+            backoff.wait().as_millis() >= 100,
+            "it was lost soon after a wait of 100 ms"
+        );
+        backoff.lasted(Duration::from_secs(2));
         assert!(backoff.wait().as_millis() <= 100);
     }
 }

@@ -121,6 +121,12 @@ impl Inlet {
         Some(payload)
     }
 
+    /// The one that was popped last could not be sent.
+    pub fn unsent(&self) {
+        self.counters.sent.fetch_sub(1, Ordering::Relaxed);
+        self.counters.dropped.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// What became of the previews so far.
     pub fn counts(&self) -> PreviewCounts {
         PreviewCounts {

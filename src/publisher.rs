@@ -8,8 +8,13 @@
 //!
 //! Nothing is taken out of the outbox before its PUBACK, and every connection starts again at the oldest message. What was
 //! acknowledged but not yet confirmed in the ledger when the process died is sent once more, byte for byte, with the same `event_id`.
+//!
+//! A message that the broker does not take must not hold up the rest: [`suspicion`] finds it out, and it is parked in the ledger. At every
+//! start and once a day some of the parked ones come back, and each that is acknowledged then brings others.
 
-use std::collections::{HashMap, HashSet};
+mod suspicion;
+
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
@@ -23,13 +28,14 @@ use crate::failpoint;
 use crate::health::{Condition, Conditions, Health};
 use crate::home_assistant;
 use crate::message::{
-    self, Backlog, COMMAND_TOPIC, ConditionMessage, HealthMessage, Kind, Received, Reporter,
-    rfc3339,
+    self, Backlog, COMMAND_TOPIC, ConditionMessage, HealthMessage, Kind, OutboxMessage, Received,
+    Reporter, rfc3339,
 };
-use crate::mqtt::{Backoff, Event, Gone, Sending, Session, Settings, Ticket};
+use crate::mqtt::{Backoff, Event, Gone, Lost, Sending, Session, Settings, Ticket, Unsent};
 use crate::preview::Inlet;
 use crate::progress::Stopwatch;
 use crate::store::{Ledger, Store, StoreError};
+use suspicion::{ENDS, Next, REFUSALS, RETURNED, Suspicion};
 
 /// Payload of the retained status topic while connected.
 pub const ONLINE: &[u8] = b"online";
@@ -38,8 +44,16 @@ pub const STOPPED: &[u8] = b"stopped";
 /// Payload that the broker publishes for a daemon that has gone without a word.
 pub const OFFLINE: &[u8] = b"offline";
 
-/// How long to leave a refused message alone.
-const REFUSED_PAUSE: Duration = Duration::from_mins(1);
+/// How long status and health may wait, besides the first status, for messages of the outbox to show that they get through.
+const INTRODUCTION: Duration = Duration::from_mins(1);
+
+/// Parked messages that come back at a start and once a day,
+const SCOUTS: usize = 8;
+/// and with each of them that is acknowledged.
+const FOLLOWERS: usize = 2;
+
+/// How often they do, besides the starts.
+const SCOUTING: Duration = Duration::from_hours(24);
 
 /// Previews on their way at the same time.
 const PREVIEWS: usize = 8;
@@ -87,14 +101,14 @@ enum Ended {
     /// The daemon stops.
     Stop,
     /// The connection is gone or useless.
-    Lost(String),
+    Lost(Lost),
     /// The ledger is gone: a defect.
     Store(StoreError),
 }
 
 impl From<Gone> for Ended {
     fn from(gone: Gone) -> Self {
-        Self::Lost(gone.to_string())
+        Self::Lost(gone.to_string().into())
     }
 }
 
@@ -121,36 +135,129 @@ impl Publisher {
         let mut backoff = Backoff::new(&self.mqtt);
         // What waits from an earlier run may have been sent by it.
         let newest = self.store.call(|ledger| ledger.newest_pending()).await;
-        let mut sent_before = newest.unwrap_or_default();
+        let mut outbox = Outbox::new(&self.mqtt, newest.unwrap_or_default());
         loop {
             self.turn.start();
+            self.scout(&mut outbox).await;
             let mut connection =
-                Connection::new(self, &settings, previews.as_mut(), started, sent_before);
-            let ended = connection.run(stop, &mut backoff).await;
-            sent_before = connection.sent_now;
+                Connection::new(self, &settings, previews.as_mut(), started, &mut outbox);
+            let ended = connection.run(stop).await;
+            let lasted = connection.connected.map(|since| since.elapsed());
             match ended {
                 Ended::Stop => {
                     connection.farewell().await;
                     return Ok(());
                 }
                 Ended::Store(error) => return Err(error),
-                Ended::Lost(reason) => {
-                    let hint = "check mqtt.url, the network and the broker; results are kept until it is back";
+                Ended::Lost(lost) => {
+                    connection.blame(&lost).await?;
+                    let hint = lost
+                        .hint
+                        .unwrap_or("check mqtt.url, the network and the broker");
                     self.health.raise(
                         Condition::BrokerAway,
                         format!(
-                            "no connection to the broker at {} ({reason}); {hint}",
+                            "no connection to the broker at {} ({lost}); {hint}; results are kept until it is back",
                             settings.broker()
                         ),
                     );
-                    tracing::debug!(reason, "connection lost");
+                    tracing::debug!(reason = lost.reason, "connection lost");
                 }
+            }
+            outbox.sent_before = outbox.sent_now;
+            if let Some(lasted) = lasted {
+                backoff.lasted(lasted);
+            }
+            if std::mem::take(&mut outbox.got_on) {
+                backoff.reset();
             }
             self.turn.stop();
             tokio::select! {
                 () = stop.cancelled() => return Ok(()),
                 () = tokio::time::sleep(backoff.wait()) => {}
             }
+        }
+    }
+
+    /// Brings some parked messages back, at the start and once a day: the broker's limits may have been raised.
+    async fn scout(&self, outbox: &mut Outbox) {
+        if outbox.scouted.is_none_or(|at| at.elapsed() >= SCOUTING) {
+            outbox.scouted = Some(Instant::now());
+            let back = self.store.call(|ledger| ledger.bring_back(SCOUTS)).await;
+            if let Ok(count @ 1..) = back {
+                tracing::info!(count, "parked messages are tried again");
+            }
+        }
+        self.say_parked();
+    }
+
+    fn say_parked(&self) {
+        if self.store.parked_len() > 0 {
+            let message = "the broker does not take some messages while it takes others, so they are set aside; see scansentry outbox list, \
+                           mend the broker's limits or access rules, then scansentry outbox retry --all";
+            self.health.raise(Condition::MessagesParked, message);
+        } else {
+            self.health.clear(Condition::MessagesParked);
+        }
+    }
+
+    /// Sets a message of the outbox aside.
+    async fn park(&self, seq: i64, reason: String) -> Result<(), StoreError> {
+        tracing::debug!(seq, reason, "parked");
+        let now = jiff::Timestamp::now().as_second();
+        let parked = self
+            .store
+            .call(move |ledger| ledger.park(seq, &reason, now));
+        match parked.await {
+            Ok(0) => {}
+            Ok(dropped) => tracing::error!(
+                dropped,
+                "too many parked messages: the oldest were dropped, their outcomes stay in the ledger; see scansentry outbox list"
+            ),
+            Err(StoreError::Closed) => return Err(StoreError::Closed),
+            // It stays in the outbox, and fails again.
+            Err(error) => self
+                .health
+                .raise(Condition::StateUnwritable, error.to_string()),
+        }
+        self.say_parked();
+        Ok(())
+    }
+}
+
+/// What is known of the outbox over all connections.
+struct Outbox {
+    suspicion: Suspicion,
+    /// Waits between refusals.
+    refusals: Backoff,
+    /// Refused messages are left alone until then.
+    paused_until: Option<Instant>,
+    /// The suspect is tried again then, when nothing comes that could be tried in its place.
+    held_until: Option<Instant>,
+    /// How long it is held.
+    hold: Duration,
+    /// Messages up to this one may have reached the broker before: on an earlier connection, or in an earlier run.
+    sent_before: i64,
+    /// The latest message that was sent.
+    sent_now: i64,
+    /// When parked messages were brought back.
+    scouted: Option<Instant>,
+    /// Whether a message was parked that had stood in the way.
+    got_on: bool,
+}
+
+impl Outbox {
+    fn new(mqtt: &Mqtt, sent_before: i64) -> Self {
+        Self {
+            suspicion: Suspicion::default(),
+            refusals: Backoff::new(mqtt),
+            paused_until: None,
+            held_until: None,
+            hold: Duration::from_secs(mqtt.backoff_max_s) * 10,
+            sent_before,
+            sent_now: sent_before,
+            scouted: None,
+            got_on: false,
         }
     }
 }
@@ -206,6 +313,22 @@ struct Due {
     description: bool,
 }
 
+/// A message of the outbox on its way.
+#[derive(Clone, Copy)]
+struct Sent {
+    seq: i64,
+    at: Instant,
+    /// Whether it has been parked before.
+    returned: bool,
+}
+
+impl Sent {
+    /// How often it may fail.
+    fn allowed(&self, times: u32) -> u32 {
+        if self.returned { RETURNED } else { times }
+    }
+}
+
 /// One connection.
 struct Connection<'a> {
     publisher: &'a Publisher,
@@ -215,23 +338,24 @@ struct Connection<'a> {
     /// The message that withdraws an old description.
     withdrawing: Option<Ticket>,
     started: jiff::Timestamp,
-    /// Outbox messages sent and not acknowledged: which, and when sent.
-    in_flight: HashMap<Ticket, (i64, Instant)>,
+    outbox: &'a mut Outbox,
+    /// Since when the broker has accepted it.
+    connected: Option<Instant>,
+    /// Outbox messages sent and not acknowledged.
+    in_flight: HashMap<Ticket, Sent>,
     /// Status and health messages sent and not acknowledged.
     own: HashMap<Ticket, Instant>,
     /// Acknowledged outbox messages that the ledger has not let go of yet.
     unconfirmed: Vec<i64>,
     /// Whether the broker refused a status or health message on this connection.
     own_refused: bool,
-    /// Outbox messages that the broker refused on this connection, and until when they are left alone.
-    refused: HashSet<i64>,
-    refused_until: Option<Instant>,
-    last_sent: i64,
+    /// Whether subscriptions and health have been sent. After a connection on which nothing passed, messages of the outbox go first.
+    introduced: bool,
+    /// The latest acknowledged message of the outbox.
+    passed: Option<Ticket>,
+    /// The latest message that was sent; `None`: the oldest is next, once nothing is on its way.
+    last_sent: Option<i64>,
     more: bool,
-    /// Outbox messages up to this one may have reached the broker before: on an earlier connection, or in an earlier run.
-    sent_before: i64,
-    /// The latest outbox message that was sent on this connection.
-    sent_now: i64,
 }
 
 impl<'a> Connection<'a> {
@@ -240,7 +364,7 @@ impl<'a> Connection<'a> {
         settings: &Settings,
         previews: Option<&'a mut Inlet>,
         started: jiff::Timestamp,
-        sent_before: i64,
+        outbox: &'a mut Outbox,
     ) -> Self {
         Self {
             publisher,
@@ -249,31 +373,27 @@ impl<'a> Connection<'a> {
             due: Due::default(),
             withdrawing: None,
             started,
+            introduced: outbox.suspicion.next() == Next::Many,
+            outbox,
+            connected: None,
             in_flight: HashMap::new(),
             own: HashMap::new(),
             unconfirmed: Vec::new(),
             own_refused: false,
-            refused: HashSet::new(),
-            refused_until: None,
-            last_sent: 0,
+            passed: None,
+            last_sent: None,
             more: true,
-            sent_before,
-            sent_now: sent_before,
         }
     }
 
-    async fn run(&mut self, stop: &CancellationToken, backoff: &mut Backoff) -> Ended {
-        match self.serve(stop, backoff).await {
+    async fn run(&mut self, stop: &CancellationToken) -> Ended {
+        match self.serve(stop).await {
             Ok(never) => match never {},
             Err(ended) => ended,
         }
     }
 
-    async fn serve(
-        &mut self,
-        stop: &CancellationToken,
-        backoff: &mut Backoff,
-    ) -> Result<std::convert::Infallible, Ended> {
+    async fn serve(&mut self, stop: &CancellationToken) -> Result<std::convert::Infallible, Ended> {
         let patience = Duration::from_secs(self.publisher.mqtt.connect_timeout_s) + GOODBYE;
         let first = tokio::select! {
             () = stop.cancelled() => return Err(Ended::Stop),
@@ -281,22 +401,20 @@ impl<'a> Connection<'a> {
         };
         match first {
             Ok(Event::Connected) => {}
-            Ok(Event::Lost(reason)) => return Err(Ended::Lost(reason)),
-            Ok(other) => return Err(Ended::Lost(format!("unexpected {other:?}"))),
+            Ok(Event::Lost(lost)) => return Err(Ended::Lost(lost)),
+            Ok(other) => return Err(Ended::Lost(format!("unexpected {other:?}").into())),
             Err(_) => return Err(Ended::Lost("no answer in time".into())),
         }
+        self.connected = Some(Instant::now());
         self.publisher.health.clear(Condition::BrokerAway);
         tracing::info!(
             broker = self.publisher.settings.broker(),
             "connected to the broker"
         );
         self.publish_own(Kind::Status, ONLINE.to_vec()).await?;
-        if self.publisher.commands.is_some() {
-            self.session
-                .subscribe(&self.publisher.command_topic(), true)
-                .await?;
+        if self.introduced {
+            self.introduce().await?;
         }
-        self.describe().await?;
 
         let ack_timeout = Duration::from_secs(self.publisher.mqtt.ack_timeout_s);
         let mut conditions = self.publisher.health.subscribe();
@@ -313,36 +431,36 @@ impl<'a> Connection<'a> {
             // What was recorded before these previews is sent before them.
             self.more |= taken;
             self.send().await?;
-            self.send_previews().await?;
-            if std::mem::take(&mut self.due.health) {
-                let now = conditions.borrow_and_update().clone();
-                self.publish_health(now).await?;
+            if !self.introduced && self.may_introduce() {
+                self.introduced = true;
+                self.introduce().await?;
             }
-            if std::mem::take(&mut self.due.description) {
-                self.publish_description().await?;
+            if self.others_may_be_sent() {
+                self.send_previews().await?;
+                if std::mem::take(&mut self.due.health) {
+                    let now = conditions.borrow_and_update().clone();
+                    self.publish_health(now).await?;
+                }
+                if std::mem::take(&mut self.due.description) {
+                    self.publish_description().await?;
+                }
             }
             if let Some(until) = drain_until
-                && ((self.in_flight.is_empty() && self.unconfirmed.is_empty() && !self.more)
-                    || until <= Instant::now())
+                && ((self.settled() && !self.more) || until <= Instant::now())
             {
                 return Err(Ended::Stop);
             }
             tokio::select! {
-                event = self.session.next() => self.handle(event, backoff).await?,
+                event = self.session.next() => self.handle(event).await?,
                 () = self.publisher.outbox.notified() => self.more = true,
-                _ = health_tick.tick() => {
-                    let now = conditions.borrow_and_update().clone();
-                    self.publish_health(now).await?;
-                }
-                Ok(()) = conditions.changed() => {
-                    let now = conditions.borrow_and_update().clone();
-                    self.publish_health(now).await?;
-                }
+                _ = health_tick.tick() => self.due.health = true,
+                Ok(()) = conditions.changed() => self.due.health = true,
                 _ = overdue_tick.tick() => {
                     self.check_overdue(ack_timeout)?;
                     if !self.unconfirmed.is_empty() {
                         self.confirm().await?;
                     }
+                    self.publisher.scout(self.outbox).await;
                 }
                 () = stop.cancelled(), if drain_until.is_none() => {
                     drain_until = Some(Instant::now() + Duration::from_secs(self.publisher.mqtt.drain_s));
@@ -352,16 +470,70 @@ impl<'a> Connection<'a> {
         }
     }
 
-    /// Fills the window from the outbox.
+    /// Subscribes, and describes the appliance.
+    async fn introduce(&mut self) -> Result<(), Ended> {
+        if self.publisher.commands.is_some() {
+            self.session
+                .subscribe(&self.publisher.command_topic(), true)
+                .await?;
+        }
+        self.describe().await
+    }
+
+    /// Whether messages of the outbox have shown that they get through, or none waits; or have had their time.
+    fn may_introduce(&self) -> bool {
+        let waited = self
+            .connected
+            .is_some_and(|since| since.elapsed() >= INTRODUCTION);
+        waited || (self.settled() && !self.more && self.own.is_empty())
+    }
+
+    /// Whether anything may be sent besides messages of the outbox: nothing, while one of these is on its way alone.
+    fn others_may_be_sent(&self) -> bool {
+        let alone = self.outbox.suspicion.next() != Next::Many && !self.in_flight.is_empty();
+        self.introduced && !alone
+    }
+
+    /// Whether nothing of the outbox is on its way, or acknowledged and still in the ledger.
+    fn settled(&self) -> bool {
+        self.in_flight.is_empty() && self.unconfirmed.is_empty()
+    }
+
+    /// Sends what may be sent of the outbox.
     async fn send(&mut self) -> Result<(), Ended> {
         let window = usize::from(self.publisher.mqtt.inflight);
-        while self.more && self.in_flight.len() + self.unconfirmed.len() < window {
-            let unsettled = self.in_flight.len() + self.unconfirmed.len();
-            let (after, room) = (self.last_sent, window - unsettled);
+        while self.more {
+            let next = self.outbox.suspicion.next();
+            if next != Next::Many {
+                self.last_sent = None;
+            }
+            if self.last_sent.is_none() {
+                if !self.settled() {
+                    return Ok(());
+                }
+                self.outbox.sent_before = self.outbox.sent_now;
+            }
+            let room = if next == Next::Many {
+                window.saturating_sub(self.in_flight.len() + self.unconfirmed.len())
+            } else {
+                let paused = self
+                    .outbox
+                    .paused_until
+                    .is_some_and(|until| until > Instant::now());
+                // Alone: not even the status may be on its way.
+                usize::from(self.own.is_empty() && !paused)
+            };
+            if room == 0 {
+                return Ok(());
+            }
+            let (after, skip) = match next {
+                Next::Many | Next::Oldest => (self.last_sent.unwrap_or_default(), 0),
+                Next::Behind { suspect, skip } => (suspect, skip),
+            };
             let messages = self
                 .publisher
                 .store
-                .call(move |ledger| ledger.pending(after, room))
+                .call(move |ledger| ledger.pending_behind(after, skip, room))
                 .await;
             let messages = match messages {
                 Ok(messages) => messages,
@@ -374,25 +546,76 @@ impl<'a> Connection<'a> {
                 }
             };
             self.more = messages.len() == room;
-            for message in messages {
-                self.last_sent = message.seq;
-                if self.refused.contains(&message.seq) {
-                    continue;
-                }
-                let (kind, replay) = (
-                    Kind::of_topic(&message.topic),
-                    message.seq <= self.sent_before,
-                );
-                // It counts the open alerts.
-                self.due.health |= kind == Some(Kind::Alert);
-                let sending = self.publisher.sending(kind, replay);
-                let ticket = self
-                    .publish(&message.topic, message.payload, &sending)
-                    .await?;
-                failpoint::hit("sent", 0);
-                self.sent_now = self.sent_now.max(message.seq);
-                self.in_flight.insert(ticket, (message.seq, Instant::now()));
+            if let (Next::Behind { .. }, true) = (next, messages.is_empty()) {
+                // With nothing to try in its place the suspect is held for a while.
+                self.more = self.outbox.suspicion.nothing_there();
+                let until = Instant::now() + self.outbox.hold;
+                self.outbox.held_until.get_or_insert(until);
+            } else {
+                self.outbox.held_until = None;
             }
+            for message in messages {
+                self.send_message(message).await?;
+            }
+            if next != Next::Many {
+                self.last_sent = None;
+            }
+        }
+        Ok(())
+    }
+
+    async fn send_message(&mut self, message: OutboxMessage) -> Result<(), Ended> {
+        let OutboxMessage { seq, returned, .. } = message;
+        self.last_sent = Some(seq);
+        let kind = Kind::of_topic(&message.topic);
+        // It counts the open alerts.
+        self.due.health |= kind == Some(Kind::Alert);
+        let replay = returned || seq <= self.outbox.sent_before;
+        let sending = self.publisher.sending(kind, replay);
+        match self
+            .publish(&message.topic, message.payload, &sending)
+            .await?
+        {
+            Ok(ticket) => {
+                failpoint::hit("sent", 0);
+                self.outbox.sent_now = self.outbox.sent_now.max(seq);
+                let at = Instant::now();
+                self.in_flight.insert(ticket, Sent { seq, at, returned });
+            }
+            // The broker has named its limit; there is no doubt.
+            Err(too_large) => self.park(seq, too_large).await?,
+        }
+        Ok(())
+    }
+
+    async fn park(&mut self, seq: i64, reason: String) -> Result<(), Ended> {
+        self.outbox.suspicion.gone(seq);
+        self.outbox.got_on = true;
+        self.publisher.park(seq, reason).await.map_err(Ended::Store)
+    }
+
+    /// Looks for the message at fault after the connection has ended.
+    async fn blame(&mut self, lost: &Lost) -> Result<(), StoreError> {
+        let oldest = self.in_flight.iter().min_by_key(|(ticket, _)| **ticket);
+        let Some((ticket, sent)) = oldest.map(|(ticket, sent)| (*ticket, *sent)) else {
+            return Ok(());
+        };
+        let alone = self.in_flight.len() == 1 && self.own.is_empty();
+        // Later ones were acknowledged, and it was not in good time.
+        let patience = Duration::from_secs(self.publisher.mqtt.ack_timeout_s);
+        let passed_over =
+            sent.at.elapsed() > patience && self.passed.is_some_and(|passed| passed > ticket);
+        if alone && lost.too_large {
+            self.outbox.suspicion.gone(sent.seq);
+            self.outbox.got_on = true;
+            self.publisher.park(sent.seq, lost.to_string()).await?;
+        } else if alone || passed_over {
+            let allowed = sent.allowed(ENDS);
+            self.outbox
+                .suspicion
+                .failed(sent.seq, allowed, lost.to_string());
+        } else if self.passed.is_none() {
+            self.outbox.suspicion.none_passed();
         }
         Ok(())
     }
@@ -403,7 +626,9 @@ impl<'a> Connection<'a> {
             && self.own.len() < PREVIEWS
             && let Some(payload) = self.previews.as_mut().and_then(|previews| previews.pop())
         {
-            self.publish_own(Kind::Preview, payload).await?;
+            if !self.publish_own(Kind::Preview, payload).await? {
+                self.previews.iter().for_each(|previews| previews.unsent());
+            }
         }
         Ok(())
     }
@@ -420,9 +645,7 @@ impl<'a> Connection<'a> {
                 retain: true,
                 ..Sending::default()
             };
-            let ticket = self.publish(old, Vec::new(), &retained).await?;
-            self.own.insert(ticket, Instant::now());
-            self.withdrawing = Some(ticket);
+            self.withdrawing = self.publish_beside(old, Vec::new(), &retained).await?;
         } else if noted != wanted {
             publisher.note_description().await;
         }
@@ -445,8 +668,7 @@ impl<'a> Connection<'a> {
             ..Sending::default()
         };
         let payload = message::encode(&description);
-        let ticket = self.publish(&topic, payload, &retained).await?;
-        self.own.insert(ticket, Instant::now());
+        self.publish_beside(&topic, payload, &retained).await?;
         Ok(())
     }
 
@@ -464,15 +686,21 @@ impl<'a> Connection<'a> {
     }
 
     /// Handles an event and all others that are there, so that their confirmations share one transaction.
-    async fn handle(&mut self, event: Event, backoff: &mut Backoff) -> Result<(), Ended> {
+    async fn handle(&mut self, event: Event) -> Result<(), Ended> {
         let mut acknowledged = false;
+        let (mut returned, mut guilty) = (0, Vec::new());
         let mut lost = None;
         let mut next = Some(event);
         while let Some(event) = next {
             match event {
                 Event::Acked(ticket) => {
-                    if let Some((seq, _)) = self.in_flight.remove(&ticket) {
-                        self.unconfirmed.push(seq);
+                    if let Some(sent) = self.in_flight.remove(&ticket) {
+                        self.unconfirmed.push(sent.seq);
+                        self.passed = self.passed.max(Some(ticket));
+                        self.outbox.refusals.reset();
+                        returned += usize::from(sent.returned);
+                        let found = self.outbox.suspicion.acknowledged(sent.seq);
+                        guilty.extend(found.map(|guilty| (guilty.seq, guilty.reason)));
                         acknowledged = true;
                     }
                     self.own.remove(&ticket);
@@ -480,21 +708,21 @@ impl<'a> Connection<'a> {
                         self.withdrawing = None;
                         self.publisher.note_description().await;
                     }
-                    backoff.reset();
                 }
-                Event::Refused(ticket, reason) => {
+                Event::Refused(ticket, refusal) => {
                     self.own_refused |= self.own.remove(&ticket).is_some();
-                    if let Some((seq, _)) = self.in_flight.remove(&ticket) {
-                        self.refused.insert(seq);
-                        self.refused_until
-                            .get_or_insert(Instant::now() + REFUSED_PAUSE);
+                    if let Some(sent) = self.in_flight.remove(&ticket) {
+                        if refusal.for_good {
+                            guilty.push((sent.seq, refusal.to_string()));
+                        } else {
+                            let allowed = sent.allowed(REFUSALS);
+                            self.outbox
+                                .suspicion
+                                .failed(sent.seq, allowed, refusal.to_string());
+                            self.pause();
+                        }
                     }
-                    let message = format!(
-                        "the broker refuses messages ({reason}); check its access rules and quotas"
-                    );
-                    self.publisher
-                        .health
-                        .raise(Condition::BrokerRefuses, message);
+                    self.say_refused(refusal.reason);
                 }
                 Event::Lost(reason) => lost = Some(reason),
                 Event::Message {
@@ -508,12 +736,39 @@ impl<'a> Connection<'a> {
             next = self.session.try_next();
         }
         if acknowledged {
-            if self.refused.is_empty() && !self.own_refused {
+            if !self.outbox.suspicion.has_suspect() && !self.own_refused {
                 self.publisher.health.clear(Condition::BrokerRefuses);
             }
             self.confirm().await?;
         }
+        for (seq, reason) in guilty {
+            self.park(seq, reason).await?;
+        }
+        if returned > 0 {
+            let back = move |ledger: &mut Ledger| ledger.bring_back(returned * FOLLOWERS);
+            let back = self.publisher.store.call(back).await;
+            self.more |= back.is_ok_and(|count| count > 0);
+            self.publisher.say_parked();
+        }
         lost.map_or(Ok(()), |reason| Err(Ended::Lost(reason)))
+    }
+
+    fn say_refused(&self, reason: &str) {
+        let message = format!(
+            "the broker refuses messages ({reason}); check its access rules, quotas and limits"
+        );
+        self.publisher
+            .health
+            .raise(Condition::BrokerRefuses, message);
+    }
+
+    /// Leaves refused messages alone for a while, longer each time.
+    fn pause(&mut self) {
+        let now = Instant::now();
+        if self.outbox.paused_until.is_none_or(|until| until <= now) {
+            self.outbox.paused_until = Some(now + self.outbox.refusals.wait());
+        }
+        self.more = true;
     }
 
     /// Takes acknowledged messages out of the outbox. If that cannot be written now, they count against the window until it can.
@@ -546,50 +801,68 @@ impl<'a> Connection<'a> {
         let sent = self
             .in_flight
             .values()
-            .map(|(_, sent)| sent)
+            .map(|sent| &sent.at)
             .chain(self.own.values());
         if sent.clone().any(|sent| now - *sent > timeout) {
-            return Err(Ended::Lost(format!(
-                "no acknowledgement in {} s",
-                timeout.as_secs()
-            )));
+            return Err(Ended::Lost(
+                format!("no acknowledgement in {} s", timeout.as_secs()).into(),
+            ));
         }
-        // A wake-up that was lost, or an outbox that could not be read, costs a tick.
+        if self.outbox.held_until.is_some_and(|until| until <= now) {
+            self.outbox.held_until = None;
+            self.outbox.suspicion.back_to_suspect();
+        }
+        // A wake-up that was lost, or an outbox that could not be read, or written to by another process, costs a tick.
         self.more |= self.publisher.store.outbox_len()
-            > (self.in_flight.len() + self.unconfirmed.len() + self.refused.len()) as u64;
-        let settled = self.in_flight.is_empty() && self.unconfirmed.is_empty();
-        if settled && self.refused_until.is_some_and(|until| until <= now) {
-            // Once more from the oldest, when nothing is on its way or still to be confirmed that would be sent a second time.
-            self.refused.clear();
-            self.refused_until = None;
-            self.last_sent = 0;
-            self.sent_before = self.sent_now;
-            self.more = true;
-        }
+            > (self.in_flight.len() + self.unconfirmed.len()) as u64;
         Ok(())
     }
 
-    /// Hands a message to the session; a connection that takes nothing any more for as long as an acknowledgement may take is lost.
+    /// Hands a message to the session; a connection that takes nothing any more for as long as an acknowledgement may take is lost. A
+    /// message that is too large for the broker is not sent: the answer is a line that says so.
     async fn publish(
         &mut self,
         topic: &str,
         payload: Vec<u8>,
         sending: &Sending,
-    ) -> Result<Ticket, Ended> {
+    ) -> Result<Result<Ticket, String>, Ended> {
         let patience = Duration::from_secs(self.publisher.mqtt.ack_timeout_s);
         let publishing = self.session.publish(topic, payload, sending);
         match tokio::time::timeout(patience, publishing).await {
-            Ok(published) => Ok(published?),
+            Ok(Ok(ticket)) => Ok(Ok(ticket)),
+            Ok(Err(Unsent::Gone(gone))) => Err(gone.into()),
+            Ok(Err(too_large @ Unsent::TooLarge { .. })) => {
+                Ok(Err(format!("too large: {too_large}")))
+            }
             Err(_) => Err(Ended::Lost("the connection takes no messages".into())),
         }
     }
 
-    async fn publish_own(&mut self, kind: Kind, payload: Vec<u8>) -> Result<(), Ended> {
+    /// Publishes something that is not in the outbox.
+    async fn publish_beside(
+        &mut self,
+        topic: &str,
+        payload: Vec<u8>,
+        sending: &Sending,
+    ) -> Result<Option<Ticket>, Ended> {
+        let ticket = match self.publish(topic, payload, sending).await? {
+            Ok(ticket) => ticket,
+            Err(too_large) => {
+                self.own_refused = true;
+                self.say_refused(&too_large);
+                return Ok(None);
+            }
+        };
+        self.own.insert(ticket, Instant::now());
+        Ok(Some(ticket))
+    }
+
+    /// Publishes a message of a kind that is not in the outbox; whether it could be sent.
+    async fn publish_own(&mut self, kind: Kind, payload: Vec<u8>) -> Result<bool, Ended> {
         let topic = self.publisher.reporter.sender.topic(kind);
         let sending = self.publisher.sending(Some(kind), false);
-        let ticket = self.publish(&topic, payload, &sending).await?;
-        self.own.insert(ticket, Instant::now());
-        Ok(())
+        let sent = self.publish_beside(&topic, payload, &sending).await?;
+        Ok(sent.is_some())
     }
 
     async fn publish_health(&mut self, conditions: Conditions) -> Result<(), Ended> {
@@ -628,7 +901,8 @@ impl<'a> Connection<'a> {
             model: &reporter.model,
             engine: &self.publisher.engine,
         });
-        self.publish_own(Kind::Health, payload).await
+        self.publish_own(Kind::Health, payload).await?;
+        Ok(())
     }
 
     /// Leaves the retained "stopped" and closes the connection in order.

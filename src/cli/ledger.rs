@@ -1,5 +1,7 @@
 //! `status` and `lookup`: what the ledger on this appliance says.
 
+use std::collections::BTreeMap;
+
 use clap::Args;
 use serde_json::json;
 
@@ -26,7 +28,7 @@ pub(super) struct LookupArgs {
 pub(super) enum Access {
     /// Nothing is changed.
     Read,
-    /// Scans are queued again.
+    /// Scans or messages are queued again.
     Queue,
 }
 
@@ -76,6 +78,10 @@ pub(super) fn status(global: &Global, args: &StatusArgs) -> Result<(), Failure> 
     let counts = ledger.counts()?;
     let rejections = ledger.rejections()?;
     let queued = ledger.queued()?;
+    let mut parked = BTreeMap::<String, u64>::new();
+    for message in ledger.parked()? {
+        *parked.entry(message.reason).or_default() += 1;
+    }
     if args.json {
         let by_reason: serde_json::Map<_, _> = rejections
             .into_iter()
@@ -83,7 +89,7 @@ pub(super) fn status(global: &Global, args: &StatusArgs) -> Result<(), Failure> 
             .collect();
         println!(
             "{}",
-            json!({ "counts": counts, "rejections": by_reason, "queued_again": queued })
+            json!({ "counts": counts, "rejections": by_reason, "queued_again": queued, "parked": parked })
         );
         return Ok(());
     }
@@ -111,6 +117,15 @@ pub(super) fn status(global: &Global, args: &StatusArgs) -> Result<(), Failure> 
         counts.outbox,
         oldest.unwrap_or_default()
     );
+    if counts.parked + counts.dropped > 0 {
+        println!(
+            "parked         {:>10}   not taken by the broker, see scansentry outbox list; dropped {}",
+            counts.parked, counts.dropped
+        );
+        for (reason, count) in parked {
+            println!("  {count:>6} {reason}");
+        }
+    }
     Ok(())
 }
 

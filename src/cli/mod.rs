@@ -8,6 +8,7 @@ mod dashboard;
 mod demo;
 mod ledger;
 mod model;
+mod outbox;
 mod run;
 mod simulate;
 
@@ -71,6 +72,9 @@ enum Verb {
     /// Rejected files on this appliance
     #[command(subcommand)]
     Quarantine(again::QuarantineVerb),
+    /// Messages set aside because the broker does not take them
+    #[command(subcommand)]
+    Outbox(outbox::OutboxVerb),
     /// From a pseudonymous id back to the files on this appliance
     Lookup(ledger::LookupArgs),
 }
@@ -131,6 +135,7 @@ pub fn main() -> ExitCode {
         Verb::Status(args) => ledger::status(global, &args),
         Verb::Reprocess(args) => again::reprocess(global, &args),
         Verb::Quarantine(verb) => again::quarantine(global, &verb),
+        Verb::Outbox(verb) => outbox::outbox(global, &verb),
         Verb::Lookup(args) => ledger::lookup(global, &args),
     };
     let Err(failure) = done else {

@@ -67,6 +67,7 @@ impl Probes for Answers {
         let now = Now {
             files: self.backlog.load(Ordering::Relaxed),
             messages: self.store.outbox_len(),
+            parked: self.store.parked_len(),
             connected: !conditions.contains_key(&Condition::BrokerAway),
             conditions: &codes,
             model: &self.reporter.model,

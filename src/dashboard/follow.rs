@@ -21,7 +21,7 @@ use crate::history::{ApplianceKey, Received, parse};
 use crate::http::{Refusal, Update};
 use crate::message::{NOTICE, rfc3339};
 use crate::metrics::DashboardMetrics;
-use crate::mqtt::{Backoff, Event, Receipt, Sending, Session, Settings, Ticket};
+use crate::mqtt::{Backoff, Event, Receipt, Sending, Session, Settings, Ticket, Unsent};
 use crate::scan::Pseudonym;
 use crate::store::{Changes, History, HistoryReader, Retention, StoreError};
 
@@ -259,10 +259,8 @@ impl Follow {
                         self.hear(hands, &topic, &payload, retained, receipt);
                     }
                     Event::Acked(ticket) => hands.answer(ticket, Ok(())),
-                    Event::Refused(ticket, reason) => hands.answer(ticket, Err(Refusal::Away(format!(
-                        "acknowledgement: the broker refuses it ({reason}); check its access rules"
-                    )))),
-                    Event::Lost(reason) => return Ended::Lost(reason),
+                    Event::Refused(ticket, reason) => hands.answer(ticket, Err(refused(&reason))),
+                    Event::Lost(lost) => return Ended::Lost(lost.reason),
                 },
                 written = async { hands.writing.as_mut().expect("only polled while writing").await }, if hands.writing.is_some() => {
                     hands.writing = None;
@@ -541,10 +539,14 @@ impl Follow {
             });
             ack.to_string().into_bytes()
         };
-        let ticket = session
+        match session
             .publish(&topic, payload, &sending(order.take_back))
-            .await?;
-        hands.orders.insert(ticket, (Instant::now(), order.done));
+            .await
+        {
+            Ok(ticket) => _ = hands.orders.insert(ticket, (Instant::now(), order.done)),
+            Err(Unsent::Gone(gone)) => return Err(gone),
+            Err(too_large) => _ = order.done.send(Err(refused(&too_large))),
+        }
         Ok(())
     }
 }
@@ -563,6 +565,12 @@ fn sending(empty: bool) -> Sending {
         expiry_s: Some(ACK_EXPIRY_S),
         user: vec![("schema", ACK_SCHEMA)],
     }
+}
+
+fn refused(reason: &dyn std::fmt::Display) -> Refusal {
+    Refusal::Away(format!(
+        "acknowledgement: the broker refuses it ({reason}); check its access rules"
+    ))
 }
 
 fn away() -> Refusal {

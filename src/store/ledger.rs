@@ -15,13 +15,16 @@ use crate::scan::{Pseudonym, ScanFile, ScanId, Stamp, path_bytes, path_from_byte
 const FORMAT: i64 = STEPS.len() as i64;
 
 /// Each step brings a database from one format to the next; a new one takes all of them.
-const STEPS: [&str; 3] = [FORMAT_1, FORMAT_2, FORMAT_3];
+const STEPS: [&str; 4] = [FORMAT_1, FORMAT_2, FORMAT_3, FORMAT_4];
 
 /// Positive pictures kept by name for each study: those with the highest probabilities.
 const POSITIVES: usize = 32;
 
 /// Answers to commands that are remembered, so that the same command is not carried out twice.
 const ANSWERS: i64 = 100;
+
+/// Parked messages that are kept.
+const PARKED: usize = 10_000;
 
 const FORMAT_1: &str = "
 CREATE TABLE scan (
@@ -111,6 +114,20 @@ CREATE TABLE note (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 /// What a rejection said.
 const FORMAT_3: &str = "
 ALTER TABLE scan ADD COLUMN message TEXT;                         -- one line beside the reject code; NULL from before this format
+";
+
+/// Messages that the broker does not take are set aside, and may come back.
+const FORMAT_4: &str = "
+ALTER TABLE outbox ADD COLUMN returned INTEGER NOT NULL DEFAULT 0; -- 1: it has been parked before
+CREATE TABLE parked (                       -- messages that the broker did not take while it took others
+  seq        INTEGER PRIMARY KEY,           -- their position in the outbox before
+  event_id   BLOB NOT NULL UNIQUE,
+  topic      TEXT NOT NULL,
+  created_at INTEGER NOT NULL,
+  parked_at  INTEGER NOT NULL,
+  reason     TEXT NOT NULL,
+  payload    BLOB NOT NULL
+);
 ";
 
 /// What a worker may do with a file.
@@ -253,6 +270,23 @@ pub struct Rejected {
     pub places: Vec<PathBuf>,
 }
 
+/// A message that was set aside.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parked {
+    /// Its position in the outbox before; names it.
+    pub seq: i64,
+    /// Full topic.
+    pub topic: String,
+    /// Bytes of its payload.
+    pub bytes: u64,
+    /// When it was recorded, seconds since 1970.
+    pub created_at: i64,
+    /// When it was parked, seconds since 1970.
+    pub parked_at: i64,
+    /// What it failed of.
+    pub reason: String,
+}
+
 /// How a scan finds its study.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StudyGroup {
@@ -270,6 +304,7 @@ pub struct Ledger {
     conn: Connection,
     session: i64,
     outbox: u64,
+    parked: u64,
     suspects: bool,
     damaged: bool,
     /// `PRAGMA data_version`: another number when another process has written.
@@ -316,7 +351,7 @@ impl Ledger {
             [],
             |row| row.get(0),
         )?;
-        let outbox = conn.query_row("SELECT count(*) FROM outbox", [], |row| row.get(0))?;
+        let (outbox, parked) = count_messages(&conn)?;
         let data_version = data_version(&conn)?;
         let suspects = conn.query_row(
             "SELECT EXISTS (SELECT 1 FROM scan WHERE (done_at IS NULL OR again = 1) AND attempts > 0)",
@@ -327,6 +362,7 @@ impl Ledger {
             conn,
             session,
             outbox,
+            parked,
             suspects,
             damaged: false,
             data_version,
@@ -358,11 +394,12 @@ impl Ledger {
                 known: FORMAT,
             });
         }
-        let outbox = conn.query_row("SELECT count(*) FROM outbox", [], |row| row.get(0))?;
+        let (outbox, parked) = count_messages(&conn)?;
         Ok(Self {
             conn,
             session: 0,
             outbox,
+            parked,
             suspects: false,
             damaged: false,
             data_version: 0,
@@ -377,7 +414,11 @@ impl Ledger {
     /// Whether another process has written since this was last asked.
     pub fn written_elsewhere(&mut self) -> Result<bool> {
         let before = std::mem::replace(&mut self.data_version, data_version(&self.conn)?);
-        Ok(self.data_version != before)
+        let written = self.data_version != before;
+        if written {
+            self.count_outbox();
+        }
+        Ok(written)
     }
 
     /// Whether a call has met damage. The database is not to be used any more then.
@@ -444,11 +485,8 @@ impl Ledger {
     }
 
     fn count_outbox(&mut self) {
-        if let Ok(count) = self
-            .conn
-            .query_row("SELECT count(*) FROM outbox", [], |row| row.get(0))
-        {
-            self.outbox = count;
+        if let Ok(counts) = count_messages(&self.conn) {
+            (self.outbox, self.parked) = counts;
         }
     }
 
@@ -955,10 +993,14 @@ impl Ledger {
 
     /// As [`Ledger::reprocess`], from beside the thread that owns the database: in a transaction of its own.
     pub fn queue(&mut self, ids: &[ScanId]) -> Result<()> {
+        self.alone(|ledger| ledger.reprocess(ids))
+    }
+
+    fn alone<R>(&mut self, call: impl FnOnce(&mut Self) -> Result<R>) -> Result<R> {
         self.begin()?;
-        let marked = self.in_savepoint(|ledger| ledger.reprocess(ids));
+        let done = self.in_savepoint(call);
         self.commit()?;
-        marked
+        done
     }
 
     /// How many scans are to be classified again: those whose files hold something else by now are not, those whose files left the folder
@@ -1003,6 +1045,7 @@ impl Ledger {
                     event_id: Pseudonym(row.get(0)?),
                     topic: row.get(1)?,
                     payload: row.get(2)?,
+                    returned: false,
                 })
             })
             .optional()?)
@@ -1067,15 +1110,26 @@ impl Ledger {
 
     /// The oldest messages after `after`, at most `limit`, in order.
     pub fn pending(&self, after: i64, limit: usize) -> Result<Vec<OutboxMessage>> {
+        self.pending_behind(after, 0, limit)
+    }
+
+    /// As [`Ledger::pending`], without the first `skip` of them.
+    pub fn pending_behind(
+        &self,
+        after: i64,
+        skip: usize,
+        limit: usize,
+    ) -> Result<Vec<OutboxMessage>> {
         let mut select = self.conn.prepare_cached(
-            "SELECT seq, event_id, topic, payload FROM outbox WHERE seq > ?1 ORDER BY seq LIMIT ?2",
+            "SELECT seq, event_id, topic, payload, returned FROM outbox WHERE seq > ?1 ORDER BY seq LIMIT ?3 OFFSET ?2",
         )?;
-        let rows = select.query_map(params![after, limit as i64], |row| {
+        let rows = select.query_map(params![after, skip as i64, limit as i64], |row| {
             Ok(OutboxMessage {
                 seq: row.get(0)?,
                 event_id: Pseudonym(row.get(1)?),
                 topic: row.get(2)?,
                 payload: row.get(3)?,
+                returned: row.get(4)?,
             })
         })?;
         Ok(rows.collect::<std::result::Result<_, _>>()?)
@@ -1101,6 +1155,98 @@ impl Ledger {
         self.outbox = self.outbox.saturating_sub(gone as u64);
         failpoint::hit("confirm", 0);
         self.count("delivered", gone as i64)
+    }
+
+    /// Sets a message of the outbox aside that the broker does not take while it takes others. Of more than 10,000 the oldest are dropped;
+    /// returns how many. Their outcomes stay.
+    pub fn park(&mut self, seq: i64, reason: &str, now: i64) -> Result<u64> {
+        // The same event from before, if it was recorded once more meanwhile.
+        let same = self.conn.execute(
+            "DELETE FROM parked WHERE event_id = (SELECT event_id FROM outbox WHERE seq = ?1)",
+            [seq],
+        )?;
+        let moved = self.conn.execute(
+            "INSERT INTO parked (seq, event_id, topic, created_at, parked_at, reason, payload)
+             SELECT seq, event_id, topic, created_at, ?2, ?3, payload FROM outbox WHERE seq = ?1",
+            params![seq, now, reason],
+        )?;
+        self.conn
+            .execute("DELETE FROM outbox WHERE seq = ?1", [seq])?;
+        self.outbox = self.outbox.saturating_sub(moved as u64);
+        self.parked = (self.parked + moved as u64).saturating_sub(same as u64);
+        let too_many = self.parked.saturating_sub(PARKED as u64);
+        if too_many > 0 {
+            self.conn.execute(
+                "DELETE FROM parked WHERE seq IN (SELECT seq FROM parked ORDER BY seq LIMIT ?1)",
+                [too_many as i64],
+            )?;
+            self.parked = PARKED as u64;
+            self.count("dropped", too_many as i64)?;
+        }
+        Ok(too_many)
+    }
+
+    /// The parked messages, the one that was parked first at first.
+    pub fn parked(&self) -> Result<Vec<Parked>> {
+        let mut select = self.conn.prepare_cached(
+            "SELECT seq, topic, length(payload), created_at, parked_at, reason FROM parked ORDER BY seq",
+        )?;
+        let rows = select.query_map([], |row| {
+            Ok(Parked {
+                seq: row.get(0)?,
+                topic: row.get(1)?,
+                bytes: row.get(2)?,
+                created_at: row.get(3)?,
+                parked_at: row.get(4)?,
+                reason: row.get(5)?,
+            })
+        })?;
+        Ok(rows.collect::<std::result::Result<_, _>>()?)
+    }
+
+    /// Puts the `limit` messages that were parked first back at the end of the outbox, byte for byte. Returns how many.
+    pub fn bring_back(&mut self, limit: usize) -> Result<u64> {
+        let seqs: Vec<i64> = {
+            let mut select = self
+                .conn
+                .prepare_cached("SELECT seq FROM parked ORDER BY seq LIMIT ?1")?;
+            let rows = select.query_map([limit as i64], |row| row.get(0))?;
+            rows.collect::<std::result::Result<_, _>>()?
+        };
+        self.bring_back_these(&seqs)
+    }
+
+    fn bring_back_these(&mut self, seqs: &[i64]) -> Result<u64> {
+        let mut count = 0;
+        for seq in seqs {
+            self.conn
+                .prepare_cached(
+                    "INSERT INTO outbox (event_id, topic, payload, created_at, returned)
+                     SELECT event_id, topic, payload, created_at, 1 FROM parked WHERE seq = ?1 ON CONFLICT (event_id) DO NOTHING",
+                )?
+                .execute([seq])?;
+            count += self
+                .conn
+                .prepare_cached("DELETE FROM parked WHERE seq = ?1")?
+                .execute([seq])?;
+        }
+        if count > 0 {
+            self.count_outbox();
+        }
+        Ok(count as u64)
+    }
+
+    /// Puts parked messages back into the outbox, from beside the thread that owns the database: these, or all. Returns how many.
+    pub fn retry(&mut self, seqs: Option<&[i64]>) -> Result<u64> {
+        self.alone(|ledger| match seqs {
+            Some(seqs) => ledger.bring_back_these(seqs),
+            None => ledger.bring_back(PARKED),
+        })
+    }
+
+    /// Parked messages; kept in memory, so it costs nothing.
+    pub fn parked_len(&self) -> u64 {
+        self.parked
     }
 
     /// Messages that wait; kept in memory, so it costs nothing.
@@ -1131,11 +1277,13 @@ impl Ledger {
                 "rejected" => counts.rejected = value,
                 "skipped" => counts.skipped = value,
                 "delivered" => counts.delivered = value,
+                "dropped" => counts.dropped = value,
                 _ => {}
             }
         }
         // One row: a column behind the payload costs the pages of every payload that is passed.
         counts.outbox = self.outbox;
+        counts.parked = self.parked;
         counts.oldest_outbox = self
             .conn
             .prepare_cached("SELECT created_at FROM outbox ORDER BY seq LIMIT 1")?
@@ -1234,6 +1382,12 @@ fn study_row(row: &rusqlite::Row<'_>) -> rusqlite::Result<StudyState> {
         closings: row.get(12)?,
         positive_pictures: Vec::new(),
     })
+}
+
+/// Messages in the outbox, and parked ones.
+fn count_messages(conn: &Connection) -> Result<(u64, u64)> {
+    let counts = "SELECT (SELECT count(*) FROM outbox), (SELECT count(*) FROM parked)";
+    Ok(conn.query_row(counts, [], |row| Ok((row.get(0)?, row.get(1)?)))?)
 }
 
 fn data_version(conn: &Connection) -> Result<i64> {

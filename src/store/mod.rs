@@ -13,13 +13,15 @@
 //!   same transaction. There is no moment with one but not the other.
 //! - A scan that is to be classified again keeps its outcome until the new one replaces it, in one transaction that also moves its share
 //!   in the study and in the totals: nothing is counted twice.
-//! - A message leaves the outbox only when the broker has acknowledged it.
+//! - A message leaves the outbox only when the broker has acknowledged it, or when it is parked: set aside, byte for byte, because the broker
+//!   did not take it while it took others.
 //! - `claim` is durable before a byte of the file is decoded, so a file that kills the process is counted.
 //! - The `file` table is only a shortcut (path and stamp → scan); deleting it costs hashing, never a result.
 //!
 //! One thread owns the database ([`Store`]); every call is a closure over [`Ledger`] that runs there. All calls that wait at
 //! the same time share one transaction and one `fsync`, and each gets its answer only after the commit. Another process may read, and may
-//! mark scans to be classified again ([`Ledger::queue`]): a transaction of its own, which the owner notices ([`Ledger::written_elsewhere`]).
+//! mark scans to be classified again ([`Ledger::queue`]) and bring parked messages back ([`Ledger::retry`]): in a transaction of its own,
+//! which the owner notices ([`Ledger::written_elsewhere`]).
 
 mod history;
 mod ledger;
@@ -34,7 +36,7 @@ use tokio::sync::oneshot;
 
 pub use history::{Changes, History, HistoryReader, Retention};
 pub use ledger::{
-    Claim, Ledger, NewOutcome, PictureOutcome, Recorded, Rejected, Selection, StudyGroup,
+    Claim, Ledger, NewOutcome, Parked, PictureOutcome, Recorded, Rejected, Selection, StudyGroup,
 };
 pub use models::{Change, Models, Source};
 use state_dir::{Lock, lock};
@@ -105,6 +107,7 @@ type Job = Box<dyn FnOnce(&mut Ledger) -> Reply + Send>;
 pub struct Store {
     jobs: std::sync::mpsc::SyncSender<Job>,
     outbox: Arc<AtomicU64>,
+    parked: Arc<AtomicU64>,
 }
 
 /// A store that has been opened.
@@ -142,13 +145,18 @@ impl Store {
         let suspects = ledger.suspects();
         let (jobs, queue) = std::sync::mpsc::sync_channel(QUEUE);
         let outbox = Arc::new(AtomicU64::new(ledger.outbox_len()));
-        let shared = outbox.clone();
+        let parked = Arc::new(AtomicU64::new(ledger.parked_len()));
+        let shared = (outbox.clone(), parked.clone());
         let thread = std::thread::Builder::new()
             .name("store".into())
             .spawn(move || serve(ledger, &queue, &shared, &marker))
             .map_err(|e| StoreError::Other(format!("cannot start its thread: {e}")))?;
         Ok(Opened {
-            store: Self { jobs, outbox },
+            store: Self {
+                jobs,
+                outbox,
+                parked,
+            },
             thread,
             set_aside,
             suspects,
@@ -158,6 +166,11 @@ impl Store {
     /// Messages that wait for the broker, as of the last commit.
     pub fn outbox_len(&self) -> u64 {
         self.outbox.load(Ordering::Relaxed)
+    }
+
+    /// Parked messages, as of the last commit.
+    pub fn parked_len(&self) -> u64 {
+        self.parked.load(Ordering::Relaxed)
     }
 
     /// Runs `call` in the store thread, from async code; answers after the commit.
@@ -211,7 +224,7 @@ fn job<R: Send + 'static>(
 fn serve(
     mut ledger: Ledger,
     queue: &std::sync::mpsc::Receiver<Job>,
-    outbox: &AtomicU64,
+    (outbox, parked): &(Arc<AtomicU64>, Arc<AtomicU64>),
     marker: &Path,
 ) {
     while let Ok(first) = queue.recv() {
@@ -225,6 +238,7 @@ fn serve(
             }
             let committed = ledger.commit();
             outbox.store(ledger.outbox_len(), Ordering::Relaxed);
+            parked.store(ledger.parked_len(), Ordering::Relaxed);
             for reply in replies {
                 reply(committed.clone());
             }

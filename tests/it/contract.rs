@@ -209,6 +209,7 @@ fn the_codes_in_the_schemas_are_the_programs() {
         Condition::EventsUnavailable,
         Condition::BrokerAway,
         Condition::BrokerRefuses,
+        Condition::MessagesParked,
         Condition::StateUnwritable,
         Condition::OutboxFull,
         Condition::LedgerRebuilt,

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod broker;
+mod broker_faults;
 mod cli;
 mod contract;
 mod dashboard;

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::support::{
-    Appliance, Mosquitto, assert_no_double_outcome, free_port, pause, real_images, slices, wait_for,
+    Appliance, Mosquitto, assert_no_double_outcome, free_port, pause, real_images, run, slices,
+    wait_for,
 };
 
 #[test]
@@ -412,17 +413,6 @@ fn login_and_client_certificate_come_from_the_config() {
     assert_eq!(appliance.stop(), Some(0));
     appliance.start();
     subscriber.wait_for_scans(2);
-}
-
-fn run(program: &str, arguments: &[&str]) {
-    let output = std::process::Command::new(program).args(arguments).output();
-    let output =
-        output.unwrap_or_else(|e| panic!("{program} does not start ({e}); run `make setup`"));
-    assert!(
-        output.status.success(),
-        "{program}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
 }
 
 /// Two authorities, and a server and a client certificate of the first.

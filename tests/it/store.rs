@@ -74,6 +74,7 @@ fn message(number: u8) -> OutboxMessage {
         event_id: id(number),
         topic: "t".into(),
         payload: vec![number],
+        returned: false,
     }
 }
 
@@ -101,6 +102,13 @@ impl Running {
         let opened = Store::open(folder.path()).unwrap();
         assert_eq!(opened.set_aside, None);
         Self { folder, opened }
+    }
+
+    /// Closes it in order.
+    fn close(self) -> tempfile::TempDir {
+        drop(self.opened.store);
+        self.opened.thread.join().unwrap();
+        self.folder
     }
 
     fn store(&self) -> &Store {
@@ -876,13 +884,10 @@ fn a_rejection_of_format_2_has_no_message_until_it_is_made_again() {
     bad.message = Some("no pixel is bright".into());
     running.claim(1);
     running.record_of(bad.clone(), 100, FIRST);
-    let again = running.crash();
-    let folder = again.folder;
-    drop(again.opened.store);
-    again.opened.thread.join().unwrap();
+    let folder = running.crash().close();
     let sqlite = rusqlite::Connection::open(folder.path().join(DATABASE)).unwrap();
     sqlite
-        .execute_batch("ALTER TABLE scan DROP COLUMN message; PRAGMA user_version = 2;")
+        .execute_batch("ALTER TABLE scan DROP COLUMN message; ALTER TABLE outbox DROP COLUMN returned; DROP TABLE parked; PRAGMA user_version = 2;")
         .unwrap();
     drop(sqlite);
     let opened = Store::open(folder.path()).unwrap();
@@ -898,6 +903,120 @@ fn a_rejection_of_format_2_has_no_message_until_it_is_made_again() {
     running.claim(1);
     running.record_of(bad, 110, FIRST);
     assert_eq!(message().as_deref(), Some("no pixel is bright"));
+}
+
+#[test]
+fn a_parked_message_comes_back_behind_the_others_byte_for_byte() {
+    let running = Running::new();
+    let queue = |number: u8| {
+        let message = message(number);
+        let queued = running
+            .store()
+            .call_blocking(move |l| l.answer(None, &message, 100));
+        queued.unwrap();
+    };
+    let state = || {
+        let lengths = (running.store().outbox_len(), running.store().parked_len());
+        let counts = running.store().call_blocking(|l| l.counts()).unwrap();
+        assert_eq!(lengths, (counts.outbox, counts.parked));
+        lengths
+    };
+    (1..=4).for_each(queue);
+    let oldest = running.store().call_blocking(|l| l.pending(0, 1)).unwrap();
+    let seq = oldest[0].seq;
+    assert!(!oldest[0].returned);
+    let park = move |l: &mut Ledger| l.park(seq, "too large", 200);
+    assert_eq!(running.store().call_blocking(park).unwrap(), 0);
+    assert_eq!((running.pending(), state()), (vec![2, 3, 4], (3, 1)));
+    let parked = running.store().call_blocking(|l| l.parked()).unwrap();
+    let is = (parked[0].seq, &parked[0].topic[..], parked[0].bytes);
+    assert_eq!(is, (seq, "t", 1));
+    let is = (
+        parked[0].created_at,
+        parked[0].parked_at,
+        &parked[0].reason[..],
+    );
+    assert_eq!(is, (100, 200, "too large"));
+
+    let running = running.crash();
+    assert_eq!(running.store().parked_len(), 1);
+    let back = running.store().call_blocking(|l| l.bring_back(8)).unwrap();
+    assert_eq!((back, running.pending()), (1, vec![2, 3, 4, 1]));
+    let last = running.store().call_blocking(|l| l.pending(0, 9)).unwrap();
+    let last = last.last().unwrap();
+    assert!(last.returned && last.seq > seq);
+    assert_eq!((&last.payload, last.event_id), (&vec![1], id(1)));
+
+    // By another process; the owner notices.
+    let seq = last.seq;
+    let park = move |l: &mut Ledger| l.park(seq, "too large", 300);
+    running.store().call_blocking(park).unwrap();
+    running
+        .store()
+        .call_blocking(Ledger::written_elsewhere)
+        .unwrap();
+    let mut beside = Ledger::open_to_queue(&running.folder.path().join(DATABASE)).unwrap();
+    assert_eq!(beside.retry(Some(&[12_345])).unwrap(), 0);
+    assert_eq!(beside.retry(Some(&[seq])).unwrap(), 1);
+    assert_eq!(running.store().parked_len(), 1, "not noticed yet");
+    assert!(
+        running
+            .store()
+            .call_blocking(Ledger::written_elsewhere)
+            .unwrap()
+    );
+    let lengths = (running.store().outbox_len(), running.store().parked_len());
+    assert_eq!((lengths, running.pending()), ((4, 0), vec![2, 3, 4, 1]));
+}
+
+#[test]
+fn of_too_many_parked_messages_the_oldest_are_dropped_and_counted() {
+    let running = Running::new();
+    let dropped = running.store().call_blocking(|ledger| {
+        let mut dropped = 0;
+        for number in 0..10_003_u32 {
+            let mut message = message(0);
+            message.event_id.0[..4].copy_from_slice(&number.to_be_bytes());
+            ledger.answer(None, &message, 100)?;
+            let seq = ledger.pending(0, 1)?[0].seq;
+            dropped += ledger.park(seq, "refused", 200)?;
+        }
+        Ok(dropped)
+    });
+    assert_eq!(dropped.unwrap(), 3);
+    let counts = running.store().call_blocking(|l| l.counts()).unwrap();
+    assert_eq!(
+        (counts.outbox, counts.parked, counts.dropped),
+        (0, 10_000, 3)
+    );
+}
+
+#[test]
+fn messages_of_format_3_are_kept_and_can_be_parked() {
+    let running = Running::new();
+    running.claim(1);
+    assert!(running.record(1));
+    let waiting = running.pending();
+    let folder = running.crash().close();
+    let sqlite = rusqlite::Connection::open(folder.path().join(DATABASE)).unwrap();
+    sqlite
+        .execute_batch(
+            "ALTER TABLE outbox DROP COLUMN returned; DROP TABLE parked; PRAGMA user_version = 3;",
+        )
+        .unwrap();
+    drop(sqlite);
+    let opened = Store::open(folder.path()).unwrap();
+    assert_eq!(opened.set_aside, None);
+    let running = Running { folder, opened };
+    assert_eq!(running.pending(), waiting);
+    let park = |l: &mut Ledger| {
+        let oldest = l.pending(0, 1)?.remove(0);
+        assert!(!oldest.returned);
+        l.park(oldest.seq, "too large", 200)
+    };
+    running.store().call_blocking(park).unwrap();
+    assert_eq!(running.store().parked_len(), 1);
+    assert_eq!(running.store().outbox_len(), waiting.len() as u64 - 1);
 }
 
 #[test]

@@ -252,6 +252,22 @@ impl Mosquitto {
         self.process.kill();
     }
 
+    /// An orderly stop: what was acknowledged is on its disk.
+    pub fn stop(&mut self) {
+        self.process.signal("TERM");
+        self.process.exit_code();
+    }
+
+    /// Restarts it with other lines in its configuration.
+    pub fn reconfigure(&mut self, lines: &str, by: &str) {
+        let path = self.folder.path().join("mosquitto.conf");
+        let config = std::fs::read_to_string(&path).unwrap();
+        assert!(config.contains(lines));
+        std::fs::write(&path, config.replace(lines, by)).unwrap();
+        self.stop();
+        self.restart();
+    }
+
     pub fn restart(&mut self) {
         self.process = Self::spawn(self.folder.path());
         self.wait_up();
@@ -280,6 +296,18 @@ impl Mosquitto {
     pub fn subscribe_late(&self) -> Subscriber {
         Subscriber::start(self.port, true)
     }
+}
+
+/// Runs a program to its good end.
+pub fn run(program: &str, arguments: &[&str]) {
+    let output = Command::new(program).args(arguments).output();
+    let output =
+        output.unwrap_or_else(|e| panic!("{program} does not start ({e}); run `make setup`"));
+    assert!(
+        output.status.success(),
+        "{program}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 pub fn is_root() -> bool {
