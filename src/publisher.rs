@@ -234,7 +234,7 @@ struct Outbox {
     paused_until: Option<Instant>,
     /// The suspect is tried again then, when nothing comes that could be tried in its place.
     held_until: Option<Instant>,
-    /// How long it is held.
+    /// How long it is held: shorter where another try costs no connection.
     hold: Duration,
     /// Messages up to this one may have reached the broker before: on an earlier connection, or in an earlier run.
     sent_before: i64,
@@ -253,7 +253,7 @@ impl Outbox {
             refusals: Backoff::new(mqtt),
             paused_until: None,
             held_until: None,
-            hold: Duration::from_secs(mqtt.backoff_max_s) * 10,
+            hold: Duration::ZERO,
             sent_before,
             sent_now: sent_before,
             scouted: None,
@@ -611,6 +611,7 @@ impl<'a> Connection<'a> {
             self.publisher.park(sent.seq, lost.to_string()).await?;
         } else if alone || passed_over {
             let allowed = sent.allowed(ENDS);
+            self.outbox.hold = Duration::from_secs(self.publisher.mqtt.backoff_max_s) * 10;
             self.outbox
                 .suspicion
                 .failed(sent.seq, allowed, lost.to_string());
@@ -765,6 +766,7 @@ impl<'a> Connection<'a> {
     /// Leaves refused messages alone for a while, longer each time.
     fn pause(&mut self) {
         let now = Instant::now();
+        self.outbox.hold = Duration::from_secs(self.publisher.mqtt.backoff_max_s);
         if self.outbox.paused_until.is_none_or(|until| until <= now) {
             self.outbox.paused_until = Some(now + self.outbox.refusals.wait());
         }

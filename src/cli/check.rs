@@ -42,8 +42,16 @@ pub(super) fn check(global: &Global, args: &CheckArgs) -> Result<(), Failure> {
                 Ok(first)
             })?;
             match reached {
-                Ok(Event::Lost(reason)) => problems.push(format!("mqtt.url: {broker} does not accept us ({reason}); check address, login and certificates")),
-                Err(_) => problems.push(format!("mqtt.url: {broker} does not answer in {} s; check address and network", patience.as_secs())),
+                Ok(Event::Lost(lost)) => {
+                    let hint = lost.hint.unwrap_or("check address, login and certificates");
+                    problems.push(format!(
+                        "mqtt.url: {broker} does not accept us ({lost}); {hint}"
+                    ));
+                }
+                Err(_) => problems.push(format!(
+                    "mqtt.url: {broker} does not answer in {} s; check address and network",
+                    patience.as_secs()
+                )),
                 Ok(_) => {}
             }
         }
