@@ -6,6 +6,7 @@
 mod broker;
 mod cli;
 mod contract;
+mod crash;
 mod dashboard;
 mod decode;
 mod dicom;
@@ -18,6 +19,7 @@ mod messages;
 mod models;
 mod packaging;
 mod parity;
+mod power;
 mod smoke;
 mod store;
 mod support;
