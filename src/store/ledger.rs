@@ -1178,7 +1178,7 @@ impl Ledger {
         Ok(rows.collect::<std::result::Result<_, _>>()?)
     }
 
-    /// Forgets what has left the folder: file rows last seen before `before_day`, then scans with an outcome from before that day that no
+    /// Forgets what has left the folder: file rows last seen before `before_day`, then scans from before that day that no
     /// file row points to, then closed studies from before that day without such scans: a study that came back would begin its revisions
     /// anew. At most `limit` of each, so that one call stays short. Returns how many rows went.
     pub fn prune(&mut self, before_day: i64, limit: usize) -> Result<usize> {
@@ -1188,11 +1188,15 @@ impl Ledger {
             "DELETE FROM file WHERE path IN (SELECT path FROM file WHERE seen_day < ?1 LIMIT ?2)",
             params![before_day, limit],
         )?;
-        let scans = self.conn.execute(
-            "DELETE FROM scan WHERE scan_id IN (SELECT scan_id FROM scan s WHERE done_at < ?1
-               AND NOT EXISTS (SELECT 1 FROM file f WHERE f.scan_id = s.scan_id) LIMIT ?2)",
-            params![before, limit],
-        )?;
+        let gone = |old: &str| {
+            format!(
+                "DELETE FROM scan WHERE scan_id IN (SELECT scan_id FROM scan s WHERE {old}
+               AND NOT EXISTS (SELECT 1 FROM file f WHERE f.scan_id = s.scan_id) LIMIT ?2)"
+            )
+        };
+        let scans = self.conn.execute(&gone("done_at < ?1"), params![before, limit])?
+            // Claimed once, and the file went away before there was an outcome.
+            + self.conn.execute(&gone("done_at IS NULL AND claimed_at < ?1"), params![before, limit])?;
         // By the time of the outcomes, as in `find_top_again`. A scan from format 1 may be of any study of its time.
         let closed = "(SELECT study_id FROM study WHERE open = 0 AND active_at < ?1
                AND NOT EXISTS (SELECT 1 FROM scan s WHERE s.done_at BETWEEN study.opened_at AND study.last_at

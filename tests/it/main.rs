@@ -21,6 +21,7 @@ mod packaging;
 mod parity;
 mod power;
 mod smoke;
+mod soak;
 mod store;
 mod support;
 mod systemd;
