@@ -1,6 +1,7 @@
 //! The command line: arguments, verbs, exit codes.
 
 mod again;
+mod bench;
 mod check;
 mod classify;
 mod dashboard;
@@ -71,6 +72,8 @@ enum Verb {
     /// Rejected files on this appliance
     #[command(subcommand)]
     Quarantine(again::QuarantineVerb),
+    /// Time of each stage and images a second on this machine
+    Bench(bench::BenchArgs),
     /// From a pseudonymous id back to the files on this appliance
     Lookup(ledger::LookupArgs),
 }
@@ -131,6 +134,7 @@ pub fn main() -> ExitCode {
         Verb::Status(args) => ledger::status(global, &args),
         Verb::Reprocess(args) => again::reprocess(global, &args),
         Verb::Quarantine(verb) => again::quarantine(global, &verb),
+        Verb::Bench(args) => bench::bench(global, &args),
         Verb::Lookup(args) => ledger::lookup(global, &args),
     };
     let Err(failure) = done else {
