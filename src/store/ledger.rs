@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, params};
 
-use super::StoreError;
+use super::{StoreError, Survives};
 use crate::config::AlertRule;
 use crate::failpoint;
 use crate::message::{AlertChange, Counts, OutboxMessage, PositivePicture, StudyState};
@@ -274,6 +274,8 @@ pub struct Ledger {
     damaged: bool,
     /// `PRAGMA data_version`: another number when another process has written.
     data_version: i64,
+    /// What `PRAGMA synchronous` says.
+    synced: Survives,
 }
 
 type Result<T> = std::result::Result<T, StoreError>;
@@ -284,7 +286,8 @@ impl Ledger {
         let conn = Connection::open(path)?;
         conn.busy_timeout(std::time::Duration::from_secs(10))?;
         conn.set_prepared_statement_cache_capacity(64);
-        // WAL with FULL: a commit is on the disk before it is answered, and a power cut loses only what was not answered.
+        // WAL with FULL: a commit is on the disk before it is answered, and a power cut loses only what was not answered; `begin` makes
+        // exceptions.
         // Small pages, because a commit writes whole ones and SD cards wear: 35 kB an image instead of 82 with pages of 4096 bytes. A new
         // database only; and a checkpoint every 4 MB, as with the larger pages.
         conn.execute_batch(
@@ -330,6 +333,7 @@ impl Ledger {
             suspects,
             damaged: false,
             data_version,
+            synced: Survives::PowerCut,
         })
     }
 
@@ -366,6 +370,7 @@ impl Ledger {
             suspects: false,
             damaged: false,
             data_version: 0,
+            synced: Survives::PowerCut,
         })
     }
 
@@ -391,7 +396,17 @@ impl Ledger {
         result
     }
 
-    pub(super) fn begin(&mut self) -> Result<()> {
+    /// Begins a transaction; what it is to survive decides whether its commit waits for the disk.
+    pub(super) fn begin(&mut self, survives: Survives) -> Result<()> {
+        if self.synced != survives {
+            // In WAL mode NORMAL leaves the log to the system until a later FULL commit or a checkpoint syncs all of it.
+            let level = match survives {
+                Survives::Process => "NORMAL",
+                Survives::PowerCut => "FULL",
+            };
+            self.conn.pragma_update(None, "synchronous", level)?;
+            self.synced = survives;
+        }
         // Immediate: the write lock is taken here, not half-way through, where waiting for it is not possible.
         let begun = self.conn.execute_batch("BEGIN IMMEDIATE");
         self.note_damage(begun.map_err(StoreError::from))
@@ -955,7 +970,7 @@ impl Ledger {
 
     /// As [`Ledger::reprocess`], from beside the thread that owns the database: in a transaction of its own.
     pub fn queue(&mut self, ids: &[ScanId]) -> Result<()> {
-        self.begin()?;
+        self.begin(Survives::PowerCut)?;
         let marked = self.in_savepoint(|ledger| ledger.reprocess(ids));
         self.commit()?;
         marked
