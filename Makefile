@@ -3,7 +3,7 @@
 CARGO ?= cargo
 SHARED_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test faults test-tflite test-emulated test-deb test-arm64 test-board test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model model-train model-evaluate model-convert convert test-convert reference fuzz clean
+.PHONY: demo test faults soak baseline test-tflite test-emulated test-deb test-arm64 test-board test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model model-train model-evaluate model-convert convert test-convert reference fuzz clean
 
 ## The main job in one process: embedded broker, simulated scanner, real model (ARGS="--count 20 --rate 5")
 demo: setup
@@ -15,7 +15,18 @@ test: setup
 
 ## The fault suite in its long form: the parts that `make test` runs short or not at all (some need ../shared/data)
 faults: setup
-	$(CARGO) test --test it -- --ignored --nocapture --test-threads=1
+	$(CARGO) test --test it -- --ignored --nocapture --test-threads=1 --skip soak::
+
+## An hour at full speed and at an image a minute: memory, descriptors, threads, ledger (SOAK_MINUTES=60)
+soak: setup
+	$(CARGO) test --release --test it soak:: -- --ignored --nocapture
+
+## Beside a Python pipeline, from outside: latency, burst, CPU, memory (ARGS="--idle 600")
+baseline: setup
+	$(CARGO) build --release
+	python3 -m venv target/baseline
+	target/baseline/bin/pip install -q -r benches/baseline/requirements.txt
+	target/baseline/bin/python benches/baseline/compare.py $(ARGS)
 
 ## The dashboard in a real browser
 test-browser: setup-browser

@@ -93,7 +93,7 @@ struct Drawn {
 }
 
 /// Which bundle is asked for.
-enum Asked {
+pub(super) enum Asked {
     /// The one in this folder.
     Dir(PathBuf),
     /// The installed one, or what the daemon would run in its place.
@@ -102,7 +102,7 @@ enum Asked {
 
 impl Asked {
     /// The bundle in `dir`, or else the one that the daemon would run.
-    fn of(config: &Config, dir: Option<&PathBuf>) -> Result<Self, Failure> {
+    pub(super) fn of(config: &Config, dir: Option<&PathBuf>) -> Result<Self, Failure> {
         if let Some(dir) = dir {
             return Ok(Self::Dir(dir.clone()));
         }
@@ -124,7 +124,7 @@ impl Asked {
     }
 
     /// Loads it, as whom [`Self::as_owner`] says; from here on nothing is opened as root then.
-    fn load(&self, config: &Config) -> Result<Classifier, Failure> {
+    pub(super) fn load(&self, config: &Config) -> Result<Classifier, Failure> {
         if self.as_owner(config) {
             become_owner(&config.state.dir)?;
         }

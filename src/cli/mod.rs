@@ -1,6 +1,7 @@
 //! The command line: arguments, verbs, exit codes.
 
 mod again;
+mod bench;
 mod check;
 mod classify;
 mod dashboard;
@@ -75,6 +76,8 @@ enum Verb {
     /// Messages set aside because the broker does not take them
     #[command(subcommand)]
     Outbox(outbox::OutboxVerb),
+    /// Time of each stage and images a second on this machine
+    Bench(bench::BenchArgs),
     /// From a pseudonymous id back to the files on this appliance
     Lookup(ledger::LookupArgs),
 }
@@ -136,6 +139,7 @@ pub fn main() -> ExitCode {
         Verb::Reprocess(args) => again::reprocess(global, &args),
         Verb::Quarantine(verb) => again::quarantine(global, &verb),
         Verb::Outbox(verb) => outbox::outbox(global, &verb),
+        Verb::Bench(args) => bench::bench(global, &args),
         Verb::Lookup(args) => ledger::lookup(global, &args),
     };
     let Err(failure) = done else {

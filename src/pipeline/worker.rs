@@ -25,7 +25,7 @@ use crate::preview::Outlet;
 use crate::progress::Stopwatch;
 use crate::scan::{ScanFile, ScanId, Stamp, path_bytes, sha256};
 use crate::store::{
-    Claim, Ledger, NewOutcome, PictureOutcome, Recorded, Store, StoreError, StudyGroup,
+    Claim, Ledger, NewOutcome, PictureOutcome, Recorded, Store, StoreError, StudyGroup, Survives,
 };
 
 /// Wait between two tries to write to a ledger that cannot be written.
@@ -126,7 +126,9 @@ impl Worker {
         let claim = self
             .context
             .store
-            .call_blocking(move |ledger| ledger.claim(scan_id, &file, now(), attempts));
+            .call_that(Survives::Process, move |ledger| {
+                ledger.claim(scan_id, &file, now(), attempts)
+            });
         let attempt = match claim {
             Ok(Claim::Run { attempt }) => attempt,
             Ok(Claim::Known) => {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, params};
 
-use super::StoreError;
+use super::{StoreError, Survives};
 use crate::config::AlertRule;
 use crate::failpoint;
 use crate::message::{AlertChange, Counts, OutboxMessage, PositivePicture, StudyState};
@@ -309,6 +309,8 @@ pub struct Ledger {
     damaged: bool,
     /// `PRAGMA data_version`: another number when another process has written.
     data_version: i64,
+    /// What `PRAGMA synchronous` says.
+    synced: Survives,
 }
 
 type Result<T> = std::result::Result<T, StoreError>;
@@ -319,7 +321,8 @@ impl Ledger {
         let conn = Connection::open(path)?;
         conn.busy_timeout(std::time::Duration::from_secs(10))?;
         conn.set_prepared_statement_cache_capacity(64);
-        // WAL with FULL: a commit is on the disk before it is answered, and a power cut loses only what was not answered.
+        // WAL with FULL: a commit is on the disk before it is answered, and a power cut loses only what was not answered; `begin` makes
+        // exceptions.
         // Small pages, because a commit writes whole ones and SD cards wear: 35 kB an image instead of 82 with pages of 4096 bytes. A new
         // database only; and a checkpoint every 4 MB, as with the larger pages.
         conn.execute_batch(
@@ -366,6 +369,7 @@ impl Ledger {
             suspects,
             damaged: false,
             data_version,
+            synced: Survives::PowerCut,
         })
     }
 
@@ -403,6 +407,7 @@ impl Ledger {
             suspects: false,
             damaged: false,
             data_version: 0,
+            synced: Survives::PowerCut,
         })
     }
 
@@ -432,7 +437,17 @@ impl Ledger {
         result
     }
 
-    pub(super) fn begin(&mut self) -> Result<()> {
+    /// Begins a transaction; what it is to survive decides whether its commit waits for the disk.
+    pub(super) fn begin(&mut self, survives: Survives) -> Result<()> {
+        if self.synced != survives {
+            // In WAL mode NORMAL leaves the log to the system until a later FULL commit or a checkpoint syncs all of it.
+            let level = match survives {
+                Survives::Process => "NORMAL",
+                Survives::PowerCut => "FULL",
+            };
+            self.conn.pragma_update(None, "synchronous", level)?;
+            self.synced = survives;
+        }
         // Immediate: the write lock is taken here, not half-way through, where waiting for it is not possible.
         let begun = self.conn.execute_batch("BEGIN IMMEDIATE");
         self.note_damage(begun.map_err(StoreError::from))
@@ -997,7 +1012,7 @@ impl Ledger {
     }
 
     fn alone<R>(&mut self, call: impl FnOnce(&mut Self) -> Result<R>) -> Result<R> {
-        self.begin()?;
+        self.begin(Survives::PowerCut)?;
         let done = self.in_savepoint(call);
         self.commit()?;
         done
@@ -1326,7 +1341,7 @@ impl Ledger {
         Ok(rows.collect::<std::result::Result<_, _>>()?)
     }
 
-    /// Forgets what has left the folder: file rows last seen before `before_day`, then scans with an outcome from before that day that no
+    /// Forgets what has left the folder: file rows last seen before `before_day`, then scans from before that day that no
     /// file row points to, then closed studies from before that day without such scans: a study that came back would begin its revisions
     /// anew. At most `limit` of each, so that one call stays short. Returns how many rows went.
     pub fn prune(&mut self, before_day: i64, limit: usize) -> Result<usize> {
@@ -1336,11 +1351,15 @@ impl Ledger {
             "DELETE FROM file WHERE path IN (SELECT path FROM file WHERE seen_day < ?1 LIMIT ?2)",
             params![before_day, limit],
         )?;
-        let scans = self.conn.execute(
-            "DELETE FROM scan WHERE scan_id IN (SELECT scan_id FROM scan s WHERE done_at < ?1
-               AND NOT EXISTS (SELECT 1 FROM file f WHERE f.scan_id = s.scan_id) LIMIT ?2)",
-            params![before, limit],
-        )?;
+        let gone = |old: &str| {
+            format!(
+                "DELETE FROM scan WHERE scan_id IN (SELECT scan_id FROM scan s WHERE {old}
+               AND NOT EXISTS (SELECT 1 FROM file f WHERE f.scan_id = s.scan_id) LIMIT ?2)"
+            )
+        };
+        let scans = self.conn.execute(&gone("done_at < ?1"), params![before, limit])?
+            // Claimed once, and the file went away before there was an outcome.
+            + self.conn.execute(&gone("done_at IS NULL AND claimed_at < ?1"), params![before, limit])?;
         // By the time of the outcomes, as in `find_top_again`. A scan from format 1 may be of any study of its time.
         let closed = "(SELECT study_id FROM study WHERE open = 0 AND active_at < ?1
                AND NOT EXISTS (SELECT 1 FROM scan s WHERE s.done_at BETWEEN study.opened_at AND study.last_at

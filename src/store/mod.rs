@@ -15,7 +15,8 @@
 //!   in the study and in the totals: nothing is counted twice.
 //! - A message leaves the outbox only when the broker has acknowledged it, or when it is parked: set aside, byte for byte, because the broker
 //!   did not take it while it took others.
-//! - `claim` is durable before a byte of the file is decoded, so a file that kills the process is counted.
+//! - A claim is written before a byte of the file is decoded, so a file that kills the process is counted. It need not reach the disk
+//!   ([`Survives::Process`]): a power cut is not the file's fault.
 //! - The `file` table is only a shortcut (path and stamp → scan); deleting it costs hashing, never a result.
 //!
 //! One thread owns the database ([`Store`]); every call is a closure over [`Ledger`] that runs there. All calls that wait at
@@ -100,7 +101,21 @@ impl From<rusqlite::Error> for StoreError {
 }
 
 type Reply = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
-type Job = Box<dyn FnOnce(&mut Ledger) -> Reply + Send>;
+
+/// A call on its way to the store thread.
+struct Job {
+    run: Box<dyn FnOnce(&mut Ledger) -> Reply + Send>,
+    survives: Survives,
+}
+
+/// What a call's effect outlives once it is answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Survives {
+    /// The death of the process; a power cut may undo it, and what came after it with it.
+    Process,
+    /// A power cut.
+    PowerCut,
+}
 
 /// A handle to the store thread; cheap to clone. The thread ends when the last handle is gone.
 #[derive(Clone, Debug)]
@@ -178,7 +193,7 @@ impl Store {
         &self,
         call: impl FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
     ) -> Result<R, StoreError> {
-        let (job, answer) = job(call);
+        let (job, answer) = job(Survives::PowerCut, call);
         match self.jobs.try_send(job) {
             Ok(()) => {}
             Err(std::sync::mpsc::TrySendError::Full(job)) => {
@@ -198,27 +213,39 @@ impl Store {
         &self,
         call: impl FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
     ) -> Result<R, StoreError> {
-        let (job, answer) = job(call);
+        self.call_that(Survives::PowerCut, call)
+    }
+
+    /// As [`Store::call_blocking`]; with [`Survives::Process`] without waiting for the disk.
+    pub fn call_that<R: Send + 'static>(
+        &self,
+        survives: Survives,
+        call: impl FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
+    ) -> Result<R, StoreError> {
+        let (job, answer) = job(survives, call);
         self.jobs.send(job).map_err(|_| StoreError::Closed)?;
         answer.blocking_recv().unwrap_or(Err(StoreError::Closed))
     }
 }
 
 fn job<R: Send + 'static>(
+    survives: Survives,
     call: impl FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
 ) -> (Job, oneshot::Receiver<Result<R, StoreError>>) {
     let (reply, answer) = oneshot::channel();
-    let job: Job = Box::new(move |ledger| {
+    let run = Box::new(move |ledger: &mut Ledger| {
         let result = ledger.in_savepoint(call);
-        Box::new(move |committed| {
+        let reply: Reply = Box::new(move |committed| {
             // A caller that has gone away does not need its answer.
             let _ = reply.send(committed.and(result));
-        })
+        });
+        reply
     });
-    (job, answer)
+    (Job { run, survives }, answer)
 }
 
-/// The store thread: takes whatever waits, runs it in one transaction, commits, answers.
+/// The store thread: takes whatever waits, runs it in one transaction, commits, answers. A call that is to survive a power cut does not join
+/// a transaction that need not.
 ///
 /// Damage ends it: every later call is answered with [`StoreError::Closed`], the daemon stops, and the next start sets the database aside.
 fn serve(
@@ -227,14 +254,20 @@ fn serve(
     (outbox, parked): &(Arc<AtomicU64>, Arc<AtomicU64>),
     marker: &Path,
 ) {
-    while let Ok(first) = queue.recv() {
-        if let Err(error) = ledger.begin() {
-            first(&mut ledger)(Err(error));
+    let mut next = None;
+    while let Some(first) = next.take().or_else(|| queue.recv().ok()) {
+        let survives = first.survives;
+        if let Err(error) = ledger.begin(survives) {
+            (first.run)(&mut ledger)(Err(error));
         } else {
-            let mut replies = vec![first(&mut ledger)];
+            let mut replies = vec![(first.run)(&mut ledger)];
             while replies.len() < BATCH {
                 let Ok(job) = queue.try_recv() else { break };
-                replies.push(job(&mut ledger));
+                if job.survives > survives {
+                    next = Some(job);
+                    break;
+                }
+                replies.push((job.run)(&mut ledger));
             }
             let committed = ledger.commit();
             outbox.store(ledger.outbox_len(), Ordering::Relaxed);

@@ -507,3 +507,48 @@ fn a_tampered_model_is_refused() {
         stderr(&output)
     );
 }
+
+#[test]
+fn bench_measures_every_stage_and_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path().to_str().unwrap();
+    let bundle = bundle();
+    let arguments = [
+        "bench",
+        "--seconds",
+        "1",
+        "--bundle",
+        bundle.to_str().unwrap(),
+    ];
+    let output = run(&[&arguments[..], &["--dir", dir, "--json"]].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    for stage in ["identify", "decode", "roi", "resize", "infer", "total"] {
+        let spread = &report["stages_ms"][stage];
+        let (median, p95) = (
+            spread["median"].as_f64().unwrap(),
+            spread["p95"].as_f64().unwrap(),
+        );
+        assert!(0.0 < median && median <= p95, "{stage}: {spread}");
+    }
+    for rate in ["one_worker", "bound", "recorded"] {
+        assert!(
+            report["images_per_second"][rate].as_f64().unwrap() > 0.0,
+            "{rate}"
+        );
+    }
+    assert!(report["ledger"]["commit_ms"]["median"].as_f64().unwrap() > 0.0);
+    assert_eq!(report["images"]["source"], "generated");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+
+    // Where nothing can be written, the rest is measured all the same.
+    let output = run(&[&arguments[..], &["--dir", "/proc", "--json"]].concat());
+    assert!(
+        stderr(&output).starts_with("/proc: cannot be written"),
+        "{}",
+        stderr(&output)
+    );
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(report["ledger"].is_null() && report["images_per_second"]["recorded"].is_null());
+    assert!(report["images_per_second"]["bound"].as_f64().unwrap() > 0.0);
+}

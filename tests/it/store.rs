@@ -439,15 +439,20 @@ fn known_files_are_skipped_until_their_stamp_changes_and_forgotten_when_long_gon
     );
     // Seen again on day 500, the file keeps its scan; not seen since, both go, but not while a message waits for nothing of it.
     unknown(vec![file(1)], 500);
+    // Neither is one whose file went away while the process died on it.
+    running.claim(2);
+    let running = running.crash();
     let prune = |day| {
         running
             .store()
             .call_blocking(move |l| l.prune(day, 100))
             .unwrap()
     };
-    assert_eq!(prune(400), 0);
+    assert_eq!(prune(0), 0);
+    assert_eq!(prune(400), 2, "the second file and its scan");
     assert!(prune(501) >= 2);
     assert_eq!(running.claim(1), Claim::Run { attempt: 1 });
+    assert_eq!(running.claim(2), Claim::Run { attempt: 1 });
 }
 
 const FIRST: AlertRule = AlertRule {

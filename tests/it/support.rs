@@ -606,6 +606,12 @@ impl Appliance {
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
+    /// `status --json`, once there is a ledger.
+    pub fn try_status(&self) -> Option<Value> {
+        let output = self.command(&["status", "--json"]).output().unwrap();
+        serde_json::from_slice(&output.stdout).ok()
+    }
+
     /// Puts bytes into the export folder as scanners do: under a temporary name, then renamed.
     pub fn rename_in(&self, name: &str, bytes: &[u8]) {
         let temporary = self.export().join(format!("{name}.part"));

@@ -1,0 +1,253 @@
+"""ScanSentry beside the Python pipeline, measured from outside in one run: the same model, pictures, Mosquitto and machine.
+
+    python benches/baseline/compare.py [--program target/release/scansentry] [--rounds 3] [--idle 600] [--json FILE]
+
+Each daemon is started on an empty folder; pictures are renamed into it one by one (latency: rename to message at a
+subscriber), then all at once (burst). Rounds alternate between the daemons, so that a disturbance hits all; the table has
+medians over the rounds. Times of a busy machine mean little, ratios more. Pictures: ../shared/data/mri, every K-th JPEG, or
+without it those that `scansentry simulate` draws.
+"""
+
+import argparse
+import csv
+import json
+import os
+import pathlib
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import paho.mqtt.client as mqtt
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+HERE = pathlib.Path(__file__).resolve().parent
+TICK = os.sysconf("SC_CLK_TCK")
+PATIENCE = 120
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def pictures(program, data, count, folder):
+    """`count` files with distinct content: [(bytes, suffix)]."""
+    index = data / "index.csv"
+    if index.exists():
+        with index.open(newline="") as table:
+            files = [data / row["file"] for row in csv.DictReader(table)]
+        files = [f for f in files if f.suffix.lower() in (".jpg", ".jpeg")]
+        chosen = {f.read_bytes(): f.suffix for f in files[:: max(1, len(files) // (count + 50))]}
+        source = "real MRI JPEGs"
+    else:
+        subprocess.run([program, "simulate", "--to", folder, "--count", str(count), "--rate", "1000"], check=True, capture_output=True)
+        chosen = {f.read_bytes(): f.suffix for f in sorted(folder.rglob("*")) if f.suffix in (".png", ".jpg", ".jpeg")}
+        source = "generated slices"
+    return [(data, suffix) for data, suffix in list(chosen.items())[:count]], source
+
+
+class Broker:
+    def __init__(self, folder):
+        self.port = free_port()
+        config = folder / "mosquitto.conf"
+        user = "user root\n" if os.geteuid() == 0 else ""
+        config.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\nmax_queued_messages 0\n{user}")
+        program = "/usr/sbin/mosquitto" if os.path.exists("/usr/sbin/mosquitto") else "mosquitto"
+        self.process = subprocess.Popen([program, "-c", config], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+class Subscriber:
+    """Counts results and says when the n-th came."""
+
+    def __init__(self, port):
+        self.times, self.news = [], threading.Condition()
+        self.client = mqtt.Client(mqtt.CallbackAPIVersion.VERSION2, protocol=mqtt.MQTTv5)
+        self.client.on_message = self.message
+        for _ in range(100):
+            try:
+                self.client.connect("127.0.0.1", port)
+                break
+            except OSError:
+                time.sleep(0.05)
+        self.client.subscribe([("baseline/result", 1), ("scansentry/+/+/result", 1)])
+        self.client.loop_start()
+
+    def message(self, *_):
+        with self.news:
+            self.times.append(time.perf_counter())
+            self.news.notify_all()
+
+    def wait(self, count):
+        with self.news:
+            if not self.news.wait_for(lambda: len(self.times) >= count, PATIENCE):
+                sys.exit(f"{len(self.times)} of {count} results came in {PATIENCE} s")
+            return self.times[count - 1]
+
+
+def tree(pid):
+    """The process and what it started."""
+    pids = [pid]
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            pids += tree(int(child))
+    return pids
+
+
+def cpu(pid):
+    """CPU seconds of the tree so far."""
+    ticks = 0
+    for p in tree(pid):
+        fields = pathlib.Path(f"/proc/{p}/stat").read_text().rsplit(") ", 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / TICK
+
+
+def memory(pid, key):
+    """`VmRSS` now or `VmHWM` at most, MB, summed over the tree. Shared pages of several processes count several times."""
+    total = 0
+    for p in tree(pid):
+        text = pathlib.Path(f"/proc/{p}/status").read_text()
+        total += next((int(line.split()[1]) for line in text.splitlines() if line.startswith(key)), 0)
+    return total / 1024
+
+
+class Daemon:
+    def __init__(self, command, environment, folder):
+        self.folder, self.number = folder, 0
+        start = time.perf_counter()
+        # Both say "ready", one on each stream.
+        self.process = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for line in self.process.stdout:
+            if "ready" in line:
+                break
+        else:
+            sys.exit(f"{command[0]} ended")
+        self.ready = time.perf_counter() - start
+        threading.Thread(target=lambda: [None for _ in self.process.stdout], daemon=True).start()
+
+    def put(self, data, suffix):
+        """As scanners do: written under another name, then renamed; the time of the rename."""
+        self.number += 1
+        temporary = self.folder / f"{self.number}.part"
+        temporary.write_bytes(data)
+        return temporary, self.folder / f"{self.number}{suffix}"
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(30)
+
+
+def start(kind, args, broker, folder):
+    export = folder / "export"
+    export.mkdir(parents=True)
+    if kind == "scansentry":
+        environment = {
+            "SCANSENTRY__WATCH__FOLDER": str(export),
+            "SCANSENTRY__STATE__DIR": str(folder / "state"),
+            "SCANSENTRY__MODEL__BUNDLE": str(args.bundle),
+            "SCANSENTRY__MQTT__URL": f"mqtt://127.0.0.1:{broker.port}",
+            "SCANSENTRY__ALERT__ENABLED": "false",
+        }
+        return Daemon([args.program, "run"], environment, export)
+    command = [sys.executable, HERE / "pipeline.py", "--folder", export, "--bundle", args.bundle, "--port", str(broker.port)]
+    workers = {"python": 1, "python, 2 workers": 2}[kind]
+    return Daemon([*command, "--workers", str(workers)], {}, export)
+
+
+def measure(kind, args, images, idle):
+    """One round with one daemon."""
+    folder = pathlib.Path(tempfile.mkdtemp(dir=args.dir))
+    broker = Broker(folder)
+    subscriber = Subscriber(broker.port)
+    daemon = start(kind, args, broker, folder)
+    pid = daemon.process.pid
+    singles, burst = images[: args.singles], images[args.singles :]
+    try:
+        for data, suffix in singles[:10]:
+            temporary, name = daemon.put(data + b"warm", suffix)
+            temporary.rename(name)
+            subscriber.wait(daemon.number)
+        latency = []
+        for data, suffix in singles:
+            temporary, name = daemon.put(data, suffix)
+            time.sleep(0.03)
+            begin = time.perf_counter()
+            temporary.rename(name)
+            latency.append(subscriber.wait(daemon.number) - begin)
+        steady = memory(pid, "VmRSS")
+        files = [daemon.put(data, suffix) for data, suffix in burst]
+        before, begin = cpu(pid), time.perf_counter()
+        for temporary, name in files:
+            temporary.rename(name)
+        end = subscriber.wait(daemon.number)
+        time.sleep(0.5)
+        figures = {
+            "p50 ms": statistics.median(latency) * 1e3,
+            "p95 ms": statistics.quantiles(latency, n=20)[18] * 1e3,
+            "p99 ms": statistics.quantiles(latency, n=100)[98] * 1e3,
+            "max ms": max(latency) * 1e3,
+            "burst images/s": len(burst) / (end - begin),
+            "CPU ms an image": (cpu(pid) - before) / len(burst) * 1e3,
+            "steady MB": steady,
+            "peak MB": memory(pid, "VmHWM"),
+            "start to ready ms": daemon.ready * 1e3,
+        }
+        if idle:
+            before = cpu(pid)
+            time.sleep(idle)
+            figures["idle CPU %"] = (cpu(pid) - before) / idle * 100
+        return figures
+    finally:
+        daemon.stop()
+        broker.process.kill()
+        broker.process.wait()
+        shutil.rmtree(folder)
+
+
+def main():
+    args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    args.add_argument("--program", default=str(ROOT / "target/release/scansentry"))
+    args.add_argument("--bundle", default=ROOT / "models/braintumor")
+    args.add_argument("--data", type=pathlib.Path, default=ROOT / "../shared/data/mri")
+    args.add_argument("--rounds", type=int, default=3)
+    args.add_argument("--singles", type=int, default=200)
+    args.add_argument("--burst", type=int, default=500)
+    args.add_argument("--idle", type=float, default=0, help="seconds without a picture at the end of the first round of each daemon")
+    args.add_argument("--dir", help="where the folders lie; default: the system's temporary folder")
+    args.add_argument("--json", type=pathlib.Path)
+    args = args.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        images, source = pictures(args.program, args.data, args.singles + args.burst, pathlib.Path(scratch))
+    kinds = ["python", "python, 2 workers", "scansentry"]
+    rounds = {kind: [] for kind in kinds}
+    for number in range(args.rounds):
+        for kind in kinds:
+            rounds[kind].append(measure(kind, args, images, args.idle if number == 0 else 0))
+            print(f"round {number + 1}, {kind}", file=sys.stderr)
+    medians = {
+        kind: {name: statistics.median(r[name] for r in of if name in r) for name in of[0]} for kind, of in rounds.items()
+    }
+    print(f"{len(images)} {source}, {args.rounds} rounds, {os.cpu_count()} cores, {model_name()}\n")
+    print("| | " + " | ".join(kinds) + " | ratio to python |")
+    print("|---|" + "---|" * (len(kinds) + 1))
+    for name in medians["python"]:
+        row = [medians[kind][name] for kind in kinds]
+        ratio = row[-1] / row[0] if row[0] else float("nan")
+        print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in row) + f" | {ratio:.2f} |")
+    if args.json:
+        args.json.write_text(json.dumps({"source": source, "rounds": rounds, "medians": medians}, indent=1))
+
+
+def model_name():
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown processor")
+
+
+if __name__ == "__main__":
+    main()
