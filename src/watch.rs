@@ -97,15 +97,18 @@ pub async fn follow(
     };
     // Set once the system has run out of watches: polling until the folder goes away.
     let mut out_of_watches = false;
+    let mut said = None;
     loop {
         let (identity, source, polling) = tokio::select! {
             () = stop.cancelled() => return,
             present = wait_for_folder(&mut folder, &config, &hints, &health, out_of_watches) => present,
         };
-        tracing::info!(
-            mode = if polling { "polling" } else { "events" },
-            "watching the export folder"
-        );
+        if said.replace((identity, polling)) != Some((identity, polling)) {
+            tracing::info!(
+                mode = if polling { "polling" } else { "events" },
+                "watching the export folder"
+            );
+        }
         if hints.send(Hint::Present { polling }).await.is_err() {
             return;
         }
