@@ -13,7 +13,7 @@ mod probes;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -31,7 +31,7 @@ use crate::manifest::CropMethod;
 use crate::message::{Reporter, Sender};
 use crate::metrics::{DashboardMetrics, Metrics};
 use crate::mqtt::Settings;
-use crate::pipeline::intake::Intake;
+use crate::pipeline::intake::{Intake, Workers};
 use crate::pipeline::worker::{self, Context};
 use crate::preview;
 use crate::progress::Board;
@@ -202,9 +202,20 @@ pub struct Control {
     quit: CancellationToken,
     reload: Arc<AtomicBool>,
     health: Health,
+    /// Threads of workers that hang, left behind in this process.
+    lost: Arc<AtomicUsize>,
 }
 
 impl Control {
+    /// For the next run in the same process.
+    #[must_use]
+    pub fn renewed(self) -> Self {
+        Self {
+            lost: self.lost,
+            ..Self::default()
+        }
+    }
+
     /// Stop for good: drain, say goodbye.
     pub fn stop(&self) {
         self.reload.store(false, Ordering::Relaxed);
@@ -317,9 +328,10 @@ pub async fn run(
         .context("state.dir")?;
     let (pause, held) = tokio::sync::watch::channel(paused);
 
+    let lent = Arc::new(store.clone());
     let context = Context {
         config: config.clone(),
-        store: store.clone(),
+        store: Arc::downgrade(&lent),
         health: health.clone(),
         reporter: reporter.clone(),
         outbox: outbox.clone(),
@@ -331,26 +343,39 @@ pub async fn run(
     // Half of the watchdog's time for whatever loop, and on top what a loop may rightly wait for.
     let silence = systemd::watchdog().map_or(SILENCE, |time| time / 2);
     let mut board = Board::default();
-    let mut queues = Vec::new();
-    let mut worker_threads = Vec::new();
+    let deadline = Duration::from_secs(config.pipeline.deadline_s);
+    // As many again as there are at first may hang, and the process goes on.
+    let most = classifiers.len().max(2);
+    let lost_before = control.lost.load(Ordering::Relaxed);
+    let one_too_many = |lost: usize| lost > most && lost > lost_before;
+    let stopwatches: Vec<_> = (0..classifiers.len() + most)
+        .map(|index| board.watch(format!("worker {index}"), deadline + silence))
+        .collect();
+    let mut first = Vec::new();
     for (index, classifier) in classifiers.into_iter().enumerate() {
-        let (queue, candidates) = std::sync::mpsc::sync_channel(1);
-        let deadline = Duration::from_secs(config.pipeline.deadline_s);
-        let stopwatch = board.watch(format!("worker {index}"), deadline + silence);
-        worker_threads.push(
-            worker::spawn(
-                index,
-                context.clone(),
-                classifier,
-                candidates,
-                reports_tx.clone(),
-                stopwatch.clone(),
-            )
-            .context("starting a worker")?,
-        );
-        queues.push((queue, stopwatch));
+        let (context, reports) = (context.clone(), reports_tx.clone());
+        let stopwatch = stopwatches[index].clone();
+        let started = worker::start(index, context, || Ok(classifier), reports, stopwatch);
+        first.push(started.context("starting a worker")?);
     }
-    drop((reports_tx, context));
+    let start_spare = move |index: usize| {
+        let (bundle, config) = (bundle.clone(), context.config.clone());
+        let stopwatch = stopwatches.get(index).cloned().unwrap_or_default();
+        let classifier = move || Classifier::new(bundle, rule, &config);
+        worker::start(
+            index,
+            context.clone(),
+            classifier,
+            reports_tx.clone(),
+            stopwatch,
+        )
+    };
+    let workers = Workers {
+        started: first,
+        start: Box::new(start_spare),
+        lost: control.lost.clone(),
+        most,
+    };
 
     let (stop_input, stop_output) = (CancellationToken::new(), CancellationToken::new());
     let (hints_tx, hints) = watch::channel();
@@ -389,7 +414,7 @@ pub async fn run(
         store.clone(),
         health.clone(),
         backlog.clone(),
-        queues,
+        workers,
         suspects,
         held,
     )
@@ -454,25 +479,22 @@ pub async fn run(
     stopping.store(true, Ordering::Relaxed);
     stop_input.cancel();
     drop(hints_tx);
-    let deadline = Duration::from_secs(config.pipeline.deadline_s);
-    let patience = if defect.is_some() { FINISH } else { deadline };
+    // The intake gives up on a file in work after the deadline.
+    let patience = if defect.is_some() {
+        FINISH
+    } else {
+        deadline + FINISH
+    };
     let finished = finish_unless(taking, patience, &control.quit).await;
     finish(watching, FINISH).await;
     finish(tending, FINISH).await;
     finish(commanding, FINISH).await;
-    if finished {
-        // The intake has dropped the queues, so the workers have ended or are about to.
-        let joined = tokio::task::spawn_blocking(move || {
-            for thread in worker_threads {
-                let _ = thread.join();
-            }
-        });
-        if tokio::time::timeout(FINISH, joined).await.is_err() {
-            tracing::warn!("a worker did not end in time");
-        }
-    } else if defect.is_some() || control.quit.is_cancelled() {
+    if !finished && (defect.is_some() || control.quit.is_cancelled()) {
         tracing::warn!("a file in work did not end in time; it is done again at the next start");
-    } else {
+    } else if defect.is_none()
+        && !control.quit.is_cancelled()
+        && (!finished || one_too_many(control.lost.load(Ordering::Relaxed)))
+    {
         // As without a reload: only another process is rid of that worker.
         let line = "a worker has been busy with one file for more than pipeline.deadline_s";
         tracing::error!("{line}; no reload, the process ends");
@@ -491,11 +513,11 @@ pub async fn run(
         pulse.abort();
         let _ = pulse.await;
     }
-    if finished {
-        let closed = tokio::task::spawn_blocking(move || store_thread.join());
-        if tokio::time::timeout(FINISH, closed).await.is_err() {
-            tracing::warn!("the ledger was not closed in time; the next start checks it");
-        }
+    // A worker that hangs does not keep it open.
+    drop(lent);
+    let closed = tokio::task::spawn_blocking(move || store_thread.join());
+    if tokio::time::timeout(FINISH, closed).await.is_err() {
+        tracing::warn!("the ledger was not closed in time; the next start checks it");
     }
     drop(state);
     defect.map_or(Ok(()), |defect| Err(anyhow::anyhow!(defect)))

@@ -36,6 +36,7 @@ pub fn hit(_point: &str, _detail: u64) {}
 mod active {
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::Duration;
 
     use rustix::process::{Signal, getpid, kill_process};
 
@@ -92,11 +93,11 @@ mod active {
     fn act(point: &str, action: Action) {
         eprintln!("fail point {point}: {action:?}");
         match action {
-            Action::Signal(signal) => {
+            // Again and again: Rust's own handler takes the first SIGSEGV for a fault that comes again if it lets it pass.
+            Action::Signal(signal) => loop {
                 let _ = kill_process(getpid(), signal);
-                // It is on its way.
-                park();
-            }
+                std::thread::park_timeout(Duration::from_millis(10));
+            },
             Action::Panic => panic!("fail point {point}"),
             Action::Hang => park(),
         }

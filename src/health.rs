@@ -32,6 +32,8 @@ pub enum Condition {
     ModelFallback,
     /// A new configuration or model bundle was refused; the ones before it run on.
     ReloadRefused,
+    /// A worker hung on a file and another one took its place; until the next start its thread keeps its memory.
+    WorkerReplaced,
 }
 
 impl Condition {
@@ -49,6 +51,7 @@ impl Condition {
             Self::Paused => "paused",
             Self::ModelFallback => "model_fallback",
             Self::ReloadRefused => "reload_refused",
+            Self::WorkerReplaced => "worker_replaced",
         }
     }
 }

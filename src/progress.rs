@@ -7,11 +7,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+/// No time in milliseconds.
+const RETIRED: u64 = u64::MAX;
+
 /// How long a loop has been at one thing. Cheap to clone; all clones are one stopwatch.
 #[derive(Debug, Clone)]
 pub struct Stopwatch {
     base: Instant,
-    /// Milliseconds after `base`, plus 1; 0 while stopped.
+    /// Milliseconds after `base`, plus 1; 0 while stopped; [`RETIRED`] for good.
     since: Arc<AtomicU64>,
 }
 
@@ -27,19 +30,31 @@ impl Default for Stopwatch {
 impl Stopwatch {
     /// Starts it, at zero.
     pub fn start(&self) {
-        let since = self.base.elapsed().as_millis() as u64 + 1;
-        self.since.store(since, Ordering::Relaxed);
+        self.set(self.base.elapsed().as_millis() as u64 + 1);
     }
 
     /// Stops it.
     pub fn stop(&self) {
-        self.since.store(0, Ordering::Relaxed);
+        self.set(0);
+    }
+
+    /// Stops it for good: nobody waits for its loop any more, and what the loop still does to it counts for nothing.
+    pub fn retire(&self) {
+        self.set(RETIRED);
+    }
+
+    fn set(&self, since: u64) {
+        let _ = self
+            .since
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| {
+                (now != RETIRED).then_some(since)
+            });
     }
 
     /// How long it has been running; zero while stopped.
     pub fn running(&self) -> Duration {
         match self.since.load(Ordering::Relaxed) {
-            0 => Duration::ZERO,
+            0 | RETIRED => Duration::ZERO,
             since => self
                 .base
                 .elapsed()
@@ -92,5 +107,8 @@ mod tests {
         assert_eq!(board.standstill().map(|(name, _)| name), Some("quick"));
         quick.stop();
         assert_eq!(board.standstill(), None);
+        quick.retire();
+        quick.start();
+        assert!(quick.running().is_zero(), "it counts for nothing any more");
     }
 }

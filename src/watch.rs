@@ -8,11 +8,12 @@
 //! the kernel's own queue was, the hint becomes "walk everything".
 
 use std::collections::VecDeque;
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use globset::{Glob, GlobSet, GlobSetBuilder};
 use notify::event::{AccessKind, AccessMode, CreateKind, EventKind, ModifyKind, RenameMode};
@@ -92,21 +93,26 @@ pub async fn follow(
     let mut folder = Folder {
         path: config.folder.clone(),
         asking: None,
+        mounted: false,
     };
     // Set once the system has run out of watches: polling until the folder goes away.
     let mut out_of_watches = false;
+    let mut said = None;
     loop {
         let (identity, source, polling) = tokio::select! {
             () = stop.cancelled() => return,
             present = wait_for_folder(&mut folder, &config, &hints, &health, out_of_watches) => present,
         };
-        tracing::info!(
-            mode = if polling { "polling" } else { "events" },
-            "watching the export folder"
-        );
+        if said.replace((identity, polling)) != Some((identity, polling)) {
+            tracing::info!(
+                mode = if polling { "polling" } else { "events" },
+                "watching the export folder"
+            );
+        }
         if hints.send(Hint::Present { polling }).await.is_err() {
             return;
         }
+        let again = Instant::now() + Duration::from_secs(config.rescan_s);
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -120,9 +126,16 @@ pub async fn follow(
                 out_of_watches = false;
                 break;
             }
-            let Some(source) = &source else { continue };
+            let Some(source) = &source else {
+                // What kept the events away may be mended by now.
+                if health.holds(Condition::EventsUnavailable) && Instant::now() > again {
+                    out_of_watches = false;
+                    break;
+                }
+                continue;
+            };
             let signs = source.signs.swap(0, Ordering::Relaxed);
-            if signs & GONE != 0 {
+            if signs & (GONE | NOT_WATCHED) != 0 {
                 break;
             }
             if signs & NO_WATCHES != 0 {
@@ -139,13 +152,15 @@ pub async fn follow(
     }
 }
 
-/// Device, inode and mount: another triple under the same name is another folder (an unmounted or replaced share).
-type Identity = (u64, u64, u64);
+/// Device, inode and mount: another triple under the same name is another folder (an unmounted or replaced share). And whether it is a mount point.
+type Identity = (u64, u64, u64, bool);
 
 /// The folder, asked who it is without waiting for ever: a share that hangs keeps the one thread that asks, not more and more.
 struct Folder {
     path: PathBuf,
     asking: Option<JoinHandle<Result<Identity, String>>>,
+    /// Whether it has been a mount point. What lies there without the mount is not the scanner's export then.
+    mounted: bool,
 }
 
 impl Folder {
@@ -158,22 +173,29 @@ impl Folder {
             return Err("it does not answer".into());
         };
         self.asking = None;
-        answer.unwrap_or_else(|e| Err(e.to_string()))
+        let identity = answer.unwrap_or_else(|e| Err(e.to_string()))?;
+        if self.mounted && !identity.3 {
+            return Err("nothing is mounted there any more".into());
+        }
+        self.mounted = identity.3;
+        Ok(identity)
     }
 }
 
 fn identity_of(path: &Path) -> Result<Identity, String> {
-    let text = |e: std::io::Error| e.kind().to_string();
-    let metadata = std::fs::metadata(path).map_err(text)?;
-    if !metadata.is_dir() {
-        return Err("it is not a folder".to_owned());
-    }
+    // The system's own words, without the path.
+    let text = |e: std::io::Error| e.to_string();
+    // With the dot, it has to be allowed to look at what is in it.
+    let metadata = std::fs::metadata(path.join(".")).map_err(text)?;
     std::fs::read_dir(path).map_err(text)?;
     let flags = rustix::fs::StatxFlags::MNT_ID;
     let mount = rustix::fs::statx(rustix::fs::CWD, path, rustix::fs::AtFlags::empty(), flags);
-    // Before Linux 5.8 there is no mount id.
-    let mount = mount.map_or(0, |stat| stat.stx_mnt_id);
-    Ok((metadata.dev(), metadata.ino(), mount))
+    // Before Linux 5.8 there is neither.
+    let (mount, mounted) = mount.map_or((0, false), |stat| {
+        let root = rustix::fs::StatxAttributes::MOUNT_ROOT;
+        (stat.stx_mnt_id, stat.stx_attributes.contains(root))
+    });
+    Ok((metadata.dev(), metadata.ino(), mount, mounted))
 }
 
 async fn wait_for_folder(
@@ -213,15 +235,17 @@ async fn wait_for_folder(
 const LOST: u8 = 1;
 /// The folder itself was removed or renamed, and its watch with it.
 const GONE: u8 = 2;
-/// A new sub-folder could not be watched.
+/// A new sub-folder could not be watched: the system is out of watches.
 const NO_WATCHES: u8 = 4;
+/// A new sub-folder could not be watched: it may not be read.
+const NOT_WATCHED: u8 = 8;
 
 const NO_EVENTS: &str =
     "the system is out of file watches; polling instead, raise fs.inotify.max_user_watches";
 
 struct EventSource {
     _watcher: RecommendedWatcher,
-    /// What the callback has noticed since the last look: [`LOST`], [`GONE`], [`NO_WATCHES`].
+    /// What the callback has noticed since the last look: [`LOST`], [`GONE`], [`NO_WATCHES`], [`NOT_WATCHED`].
     signs: Arc<AtomicU8>,
 }
 
@@ -276,7 +300,7 @@ fn watch_events(config: &Watch, hints: mpsc::Sender<Hint>) -> notify::Result<Eve
     // notify reports canonical paths only if it is given one.
     let root = config.folder.canonicalize().map_err(notify::Error::io)?;
     let filter = NameFilter::new(&config.ignore);
-    let base = root.clone();
+    let (base, recursive) = (root.clone(), config.recursive);
     let callback = move |event: notify::Result<notify::Event>| {
         let notice = |sign: u8| _ = noticed.fetch_or(sign, Ordering::Relaxed);
         let event = match event {
@@ -306,6 +330,10 @@ fn watch_events(config: &Watch, hints: mpsc::Sender<Hint>) -> notify::Result<Eve
             };
             if !filter.accepts(relative) {
                 continue;
+            }
+            // notify says nothing of that.
+            if recursive && matches!(hint, Hint::Folder(_)) && denied(path) {
+                notice(NOT_WATCHED);
             }
             let relative = relative.to_owned();
             let hint = match hint {
@@ -339,7 +367,7 @@ fn hints_of(event: &notify::Event) -> Vec<Hint> {
         EventKind::Modify(ModifyKind::Name(RenameMode::To)) => {
             // A renamed folder arrives with everything in it.
             return event.paths.last().map_or_else(Vec::new, |to| {
-                vec![if to.symlink_metadata().is_ok_and(|m| m.is_dir()) {
+                vec![if is_folder(to) {
                     Hint::Folder(to.clone())
                 } else {
                     Hint::Complete(to.clone())
@@ -347,10 +375,22 @@ fn hints_of(event: &notify::Event) -> Vec<Hint> {
             });
         }
         EventKind::Create(CreateKind::Folder) => Hint::Folder,
+        // It may be allowed to look into it by now.
+        EventKind::Modify(ModifyKind::Metadata(_)) if event.paths.iter().all(|p| is_folder(p)) => {
+            Hint::Folder
+        }
         EventKind::Create(_) | EventKind::Modify(_) => Hint::Changed,
         _ => return Vec::new(),
     };
     event.paths.iter().cloned().map(wrap).collect()
+}
+
+fn denied(folder: &Path) -> bool {
+    std::fs::read_dir(folder).is_err_and(|e| e.kind() == ErrorKind::PermissionDenied)
+}
+
+fn is_folder(path: &Path) -> bool {
+    path.symlink_metadata().is_ok_and(|m| m.is_dir())
 }
 
 /// The name of the network (or FUSE) file system that `path` lies on, from its magic number (Linux `statfs(2)`, `linux/magic.h`).
@@ -402,8 +442,12 @@ pub fn walk(
             if !filter.accepts(&relative) {
                 continue;
             }
-            let Ok(metadata) = std::fs::symlink_metadata(root.join(&relative)) else {
-                continue;
+            let metadata = match std::fs::symlink_metadata(root.join(&relative)) {
+                Ok(metadata) => metadata,
+                Err(error) => {
+                    complete &= error.kind() == ErrorKind::NotFound;
+                    continue;
+                }
             };
             if metadata.is_dir() {
                 if config.recursive && relative.components().count() <= config.max_depth {

@@ -370,6 +370,7 @@ fn recorded(
     }
     let state = StateDir::open(&config.state.dir)?;
     let Opened { store, thread, .. } = Store::open(state.path())?;
+    let store = Arc::new(store);
     let bundle = classifiers[0].bundle().clone();
     let context = Context {
         reporter: Arc::new(Reporter {
@@ -380,7 +381,7 @@ fn recorded(
             rule: *classifiers[0].rule(),
         }),
         config: Arc::new(config),
-        store,
+        store: Arc::downgrade(&store),
         health: Health::default(),
         outbox: Arc::new(Notify::new()),
         previews: None,
@@ -388,21 +389,17 @@ fn recorded(
         metrics: Metrics::default(),
     };
     let (reports_tx, mut reports) = mpsc::unbounded_channel();
-    let mut queues = Vec::new();
-    let mut threads = vec![thread];
+    let mut workers = Vec::new();
     for (index, classifier) in classifiers.into_iter().enumerate() {
-        let (queue, candidates) = std::sync::mpsc::sync_channel(1);
-        let stopwatch = Stopwatch::default();
-        let started = worker::spawn(
+        let (context, reports) = (context.clone(), reports_tx.clone());
+        let started = worker::start(
             index,
-            context.clone(),
-            classifier,
-            candidates,
-            reports_tx.clone(),
-            stopwatch,
+            context,
+            || Ok(classifier),
+            reports,
+            Stopwatch::default(),
         );
-        threads.push(started.map_err(at)?);
-        queues.push(queue);
+        workers.push(started.map_err(at)?);
     }
     let stopping = context.stopping.clone();
     drop((context, reports_tx));
@@ -413,9 +410,9 @@ fn recorded(
         path: name(number),
         last_chance: true,
     };
-    for queue in &queues {
+    for worker in &workers {
         if let Some(number) = next.next() {
-            let _ = queue.send(candidate(number));
+            let _ = worker.queue.send(candidate(number));
         }
     }
     let mut done = 0;
@@ -431,13 +428,14 @@ fn recorded(
         }
         done += 1;
         if let Some(number) = next.next() {
-            let _ = queues[report.worker].send(candidate(number));
+            let _ = workers[report.worker].queue.send(candidate(number));
         }
     }
     let rate = files as f64 / start.elapsed().as_secs_f64();
-    drop((queues, reports));
-    // The store's thread ends when the workers have.
-    for thread in threads.into_iter().rev() {
+    let ended: Vec<_> = workers.into_iter().map(|worker| worker.thread).collect();
+    // The store's thread ends when the workers have, and nobody else holds the store.
+    drop(store);
+    for thread in ended.into_iter().chain([thread]) {
         let _ = thread.join();
     }
     drop(state);

@@ -48,8 +48,8 @@ async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Resul
         listen(SignalKind::terminate())?,
         listen(SignalKind::interrupt())?,
     );
+    let mut control = Control::default();
     loop {
-        let control = Control::default();
         let ready = || {
             tracing::info!(ms = start.elapsed().as_millis() as u64, "ready");
             systemd::ready();
@@ -127,7 +127,10 @@ async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Resul
             }
         }
         match next {
-            Some(next) => prepared = next,
+            Some(next) => {
+                prepared = next;
+                control = control.renewed();
+            }
             None => return Ok(()),
         }
     }

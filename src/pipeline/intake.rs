@@ -13,7 +13,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc as std_mpsc;
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::worker::Started;
 use super::{Candidate, Disposition, Report};
 use crate::config::Config;
 use crate::failpoint;
@@ -46,13 +47,17 @@ const LATE_WALK: Duration = Duration::from_secs(2);
 /// Pause after the ledger could not be written.
 const BLOCKED_PAUSE: Duration = Duration::from_secs(1);
 
+/// How long workers may take to end when they are to do nothing more.
+const ENDING: Duration = Duration::from_secs(20);
+
 /// The intake stopped for a reason that is a defect.
 #[derive(Debug, thiserror::Error)]
 pub enum IntakeError {
     /// A worker's thread ended by itself.
     #[error("worker {0} ended unexpectedly")]
     WorkerDied(usize),
-    /// A worker has been at one file for longer than `pipeline.deadline_s`; the process has to start again to get it back.
+    /// A worker has been at one file for longer than `pipeline.deadline_s`, and no more of them may be left behind; the process has to start again
+    /// to be rid of them.
     #[error("worker {worker} has been at one file for {seconds} s, more than pipeline.deadline_s")]
     WorkerHangs {
         /// Which worker.
@@ -60,9 +65,31 @@ pub enum IntakeError {
         /// For how long.
         seconds: u64,
     },
+    /// A worker that hangs could not be replaced.
+    #[error("no worker can take the place of one that hangs: {0}")]
+    NotReplaced(std::io::Error),
     /// Nobody sends hints or reports any more.
     #[error("a part of the daemon that the intake depends on has ended")]
     Orphaned,
+}
+
+/// The workers, and those that take the place of one that hangs on a file. A thread cannot be ended from outside: it is left behind with its
+/// memory.
+pub struct Workers {
+    /// The first ones, by number.
+    pub started: Vec<Started>,
+    /// Starts the worker with this number.
+    pub start: Box<dyn FnMut(usize) -> std::io::Result<Started> + Send>,
+    /// Threads that this process has left behind, in this run of the daemon and the ones before it.
+    pub lost: Arc<AtomicUsize>,
+    /// Most of them; with one more the intake ends.
+    pub most: usize,
+}
+
+/// A worker, and the file that it has in hand.
+struct Hand {
+    started: Started,
+    file: Option<Candidate>,
 }
 
 /// What the intake works with.
@@ -71,8 +98,12 @@ pub struct Intake {
     store: Store,
     health: Health,
     backlog: Arc<AtomicU64>,
-    workers: Vec<std_mpsc::SyncSender<Candidate>>,
-    stopwatches: Vec<Stopwatch>,
+    /// By number; `None` for one that hung and was replaced.
+    workers: Vec<Option<Hand>>,
+    start_worker: Box<dyn FnMut(usize) -> std::io::Result<Started> + Send>,
+    /// Of [`Workers::lost`], at most [`Workers::most`].
+    lost: Arc<AtomicUsize>,
+    most_lost: usize,
     /// Of this loop.
     turn: Stopwatch,
     /// How often everything has been walked.
@@ -162,19 +193,27 @@ impl Intake {
         store: Store,
         health: Health,
         backlog: Arc<AtomicU64>,
-        workers: Vec<(std_mpsc::SyncSender<Candidate>, Stopwatch)>,
+        workers: Workers,
         careful: bool,
         held: watch_channel::Receiver<bool>,
     ) -> Self {
-        let (workers, stopwatches): (Vec<_>, Vec<_>) = workers.into_iter().unzip();
-        let idle = (0..workers.len()).rev().collect();
+        let hand = |started| {
+            Some(Hand {
+                started,
+                file: None,
+            })
+        };
+        let hands: Vec<_> = workers.started.into_iter().map(hand).collect();
+        let idle = (0..hands.len()).rev().collect();
         Self {
             config,
             store,
             health,
             backlog,
-            workers,
-            stopwatches,
+            workers: hands,
+            start_worker: workers.start,
+            lost: workers.lost,
+            most_lost: workers.most,
             turn: Stopwatch::default(),
             walked: Arc::default(),
             idle,
@@ -214,8 +253,21 @@ impl Intake {
         reports: mpsc::UnboundedReceiver<Report>,
         stop: CancellationToken,
     ) -> Result<(), IntakeError> {
+        self.say_lost();
         let end = self.take(hints, reports, stop).await;
         self.turn.stop();
+        // This closes their queues.
+        let threads: Vec<_> = (self.workers.drain(..).flatten())
+            .map(|hand| hand.started.thread)
+            .collect();
+        let joined = tokio::task::spawn_blocking(|| {
+            for thread in threads {
+                let _ = thread.join();
+            }
+        });
+        if tokio::time::timeout(ENDING, joined).await.is_err() {
+            tracing::warn!("a worker did not end in time");
+        }
         end
     }
 
@@ -252,7 +304,7 @@ impl Intake {
                 }
                 _ = look_at.tick(), if looking.is_none() && !self.settling.is_empty() => looking = Some(self.look()),
                 _ = room_check.tick() => {
-                    self.check_deadlines()?;
+                    self.check_deadlines(true).await?;
                     self.check_room().await;
                     self.check_ledger().await;
                 }
@@ -266,12 +318,18 @@ impl Intake {
         }
         // The workers have stopwatches of their own.
         self.turn.stop();
-        let busy = self.workers.len() - self.idle.len();
-        for _ in 0..busy {
-            let report = reports.recv().await.ok_or(IntakeError::Orphaned)?;
-            self.report(report)?;
+        while self.busy() {
+            tokio::select! {
+                report = reports.recv() => self.report(report.ok_or(IntakeError::Orphaned)?)?,
+                _ = room_check.tick() => self.check_deadlines(false).await?,
+            }
         }
         Ok(())
+    }
+
+    /// Whether a file is in a worker.
+    fn busy(&self) -> bool {
+        self.workers.iter().flatten().any(|w| w.file.is_some())
     }
 
     fn look_interval(&self) -> Duration {
@@ -288,16 +346,23 @@ impl Intake {
             return;
         }
         // One at a time, so that only the file that kills the process is counted as its cause.
-        if self.care != Care::Off && self.idle.len() < self.workers.len() {
+        if self.care != Care::Off && self.busy() {
             return;
         }
         while let Some(&worker) = self.idle.last()
             && let Some(candidate) = self.ready.pop_front()
         {
+            let Some(hand) = &mut self.workers[worker] else {
+                self.idle.pop();
+                self.ready.push_front(candidate);
+                continue;
+            };
             // From here on, so that a worker that never begins is noticed too.
-            self.stopwatches[worker].start();
-            if let Err(error) = self.workers[worker].try_send(candidate) {
-                self.stopwatches[worker].stop();
+            hand.started.stopwatch.start();
+            hand.file = Some(candidate.clone());
+            if let Err(error) = hand.started.queue.try_send(candidate) {
+                hand.started.stopwatch.stop();
+                hand.file = None;
                 let (std_mpsc::TrySendError::Full(candidate)
                 | std_mpsc::TrySendError::Disconnected(candidate)) = error;
                 // An idle worker takes at once; if it does not, it is about to report that it died.
@@ -388,9 +453,15 @@ impl Intake {
             path,
             disposition,
         } = report;
+        let Some(hand) = &mut self.workers[worker] else {
+            // Its file is somebody else's by now, and its thread ends.
+            tracing::info!(worker, "a worker that was given up came to an end");
+            return Ok(());
+        };
         if disposition == Disposition::WorkerDied {
             return Err(IntakeError::WorkerDied(worker));
         }
+        hand.file = None;
         self.idle.push(worker);
         if self.care == Care::Draining && self.ready.is_empty() {
             tracing::info!("no file of the run that died has ended this one; back to all workers");
@@ -495,11 +566,11 @@ impl Intake {
             }
         };
         let settle = self.config.watch.settle();
-        let patience = Duration::from_secs(self.config.watch.incomplete_s);
         for file in unknown {
-            // A time in the future (a clock that was set back) counts as just now.
+            // A time in the future (a clock that was set back) counts as just now. However old it looks (a server's clock may be behind), it is
+            // not the last chance: that takes a while of quiet before our own eyes.
             match age(&file.stamp) {
-                Some(age) if age > settle => self.ready(file.path, age > patience),
+                Some(age) if age > settle => self.ready(file.path, false),
                 _ => self.settle(file.path, Some(file.stamp), false),
             }
         }
@@ -564,17 +635,64 @@ impl Intake {
         }
     }
 
-    /// A file that hangs a worker is treated like one that kills it: the daemon stops and is started again, and the attempt counts.
-    fn check_deadlines(&self) -> Result<(), IntakeError> {
+    /// A file that hangs a worker is treated like one that kills the process: the attempt counts, and it is tried again, by another worker if
+    /// `replace`.
+    async fn check_deadlines(&mut self, replace: bool) -> Result<(), IntakeError> {
         let deadline = Duration::from_secs(self.config.pipeline.deadline_s);
-        for (worker, stopwatch) in self.stopwatches.iter().enumerate() {
+        for worker in 0..self.workers.len() {
+            let Some(hand) = &self.workers[worker] else {
+                continue;
+            };
+            let (stopwatch, file) = (hand.started.stopwatch.clone(), hand.file.clone());
             let running = stopwatch.running();
-            if running > deadline {
-                let seconds = running.as_secs();
+            let Some(file) = file.filter(|_| running > deadline) else {
+                continue;
+            };
+            let seconds = running.as_secs();
+            let path = file.path.clone();
+            let claim = self.store.call(move |l| l.take_away(&path)).await;
+            if stopwatch.running() < deadline {
+                // It came back just now.
+                continue;
+            }
+            let lost = self.lost.fetch_add(1, Ordering::Relaxed) + 1;
+            if lost > self.most_lost {
+                self.workers[worker] = None;
                 return Err(IntakeError::WorkerHangs { worker, seconds });
+            }
+            // If the ledger cannot be written, the claim holds until the next start and the file waits for it.
+            let scan_id = claim.ok().flatten().map(tracing::field::display);
+            tracing::warn!(
+                scan_id,
+                worker,
+                seconds,
+                "a worker hangs on a file and is given up; the file is tried again"
+            );
+            stopwatch.retire();
+            self.workers[worker] = None;
+            self.say_lost();
+            self.ready.push_back(file);
+            if replace {
+                let next = self.workers.len();
+                let started = (self.start_worker)(next).map_err(IntakeError::NotReplaced)?;
+                self.workers.push(Some(Hand {
+                    started,
+                    file: None,
+                }));
+                self.idle.push(next);
             }
         }
         Ok(())
+    }
+
+    fn say_lost(&self) {
+        let lost = self.lost.load(Ordering::Relaxed);
+        if lost > 0 {
+            self.health.raise(
+                Condition::WorkerReplaced,
+                "a worker hung on a file and another one took its place; it keeps its memory until the daemon starts again",
+            );
+        }
     }
 
     /// Walks when another process has queued scans again.
@@ -632,12 +750,11 @@ async fn sleep_until_some(deadline: Option<Instant>) {
     }
 }
 
+/// The stamp that a walk would give; `None` for what is not there, and for folders.
 fn look_at(folder: &Path, path: &Path) -> Option<Stamp> {
     let full = folder.join(path);
-    let metadata = std::fs::metadata(&full)
-        .or_else(|_| std::fs::symlink_metadata(&full))
-        .ok()?;
-    (!metadata.is_dir()).then(|| Stamp::of(&metadata))
+    let link = std::fs::symlink_metadata(&full).ok()?;
+    (!link.is_dir()).then(|| Stamp::of(&std::fs::metadata(&full).unwrap_or(link)))
 }
 
 fn today() -> i64 {
@@ -658,7 +775,7 @@ mod tests {
     use crate::store::Opened;
 
     #[tokio::test]
-    async fn a_worker_that_hangs_on_a_file_ends_the_intake() {
+    async fn workers_that_hang_are_replaced_as_often_as_is_allowed() {
         let folder = tempfile::tempdir().unwrap();
         let mut config = Config::defaults();
         config.watch.folder = folder.path().join("export");
@@ -670,35 +787,58 @@ mod tests {
         std::fs::write(config.watch.folder.join("a.png"), b"x").unwrap();
         let Opened { store, .. } = Store::open(folder.path()).unwrap();
 
-        // A worker that takes the file and never says a word again.
-        let (queue, candidates) = std_mpsc::sync_channel::<Candidate>(1);
+        // Workers that take a file and never say a word again, until they are let go; then they say one too late.
         let (reports_tx, reports) = mpsc::unbounded_channel();
-        let stopwatch = Stopwatch::default();
-        let its_own = stopwatch.clone();
-        let worker = std::thread::spawn(move || {
-            let taken = candidates.recv().unwrap();
-            its_own.start();
-            (taken, reports_tx, candidates)
-        });
+        let (taken_tx, taken) = std_mpsc::channel();
+        let start = move |index: usize| {
+            let (queue, candidates) = std_mpsc::sync_channel::<Candidate>(1);
+            let (reports, taken) = (reports_tx.clone(), taken_tx.clone());
+            let thread = std::thread::spawn(move || {
+                let path = candidates.recv().unwrap().path;
+                taken.send((index, path.clone())).unwrap();
+                let closed = candidates.recv();
+                assert!(closed.is_err(), "it is given no other file");
+                let _ = reports.send(Report {
+                    worker: index,
+                    path,
+                    disposition: Disposition::Done,
+                });
+            });
+            Ok(Started {
+                queue,
+                stopwatch: Stopwatch::default(),
+                thread,
+            })
+        };
         let (hints_tx, hints) = watch::channel();
         hints_tx
             .send(Hint::Present { polling: false })
             .await
             .unwrap();
+        let (health, lost) = (Health::default(), Arc::new(AtomicUsize::new(0)));
         let intake = Intake::new(
             Arc::new(config),
             store,
-            Health::default(),
+            health.clone(),
             Arc::new(AtomicU64::new(0)),
-            vec![(queue, stopwatch)],
+            Workers {
+                started: vec![start(0).unwrap()],
+                start: Box::new(start),
+                lost: lost.clone(),
+                most: 2,
+            },
             false,
             watch_channel::Sender::new(false).subscribe(),
         );
         let end = intake.run(hints, reports, CancellationToken::new()).await;
         assert!(
-            matches!(end, Err(IntakeError::WorkerHangs { worker: 0, .. })),
+            matches!(end, Err(IntakeError::WorkerHangs { worker: 2, .. })),
             "{end:?}"
         );
-        assert_eq!(worker.join().unwrap().0.path, Path::new("a.png"));
+        assert_eq!(lost.load(Ordering::Relaxed), 3);
+        assert!(health.holds(Condition::WorkerReplaced));
+        let a = PathBuf::from("a.png");
+        let tries: Vec<_> = taken.try_iter().collect();
+        assert_eq!(tries, [(0, a.clone()), (1, a.clone()), (2, a)]);
     }
 }

@@ -1,10 +1,11 @@
 //! One worker thread: read, claim, decode, classify, record.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc as std_mpsc;
+use std::sync::{Arc, Weak};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use jiff::tz::{Offset, TimeZone};
@@ -12,7 +13,7 @@ use tokio::sync::{Notify, mpsc};
 
 use super::read::{Content, read};
 use super::{Candidate, Disposition, Report};
-use crate::classifier::Classifier;
+use crate::classifier::{BundleError, Classifier};
 use crate::config::Config;
 use crate::failpoint;
 use crate::health::{Condition, Health};
@@ -36,8 +37,8 @@ const RETRY: Duration = Duration::from_millis(500);
 pub struct Context {
     /// The checked configuration.
     pub config: Arc<Config>,
-    /// The ledger.
-    pub store: Store,
+    /// The ledger. Not kept open by a worker that hangs.
+    pub store: Weak<Store>,
     /// The board of conditions.
     pub health: Health,
     /// Makes the messages; knows the appliance's key.
@@ -52,42 +53,69 @@ pub struct Context {
     pub metrics: Metrics,
 }
 
-/// Starts worker number `index`; it ends when `candidates` is closed.
-pub fn spawn(
+/// A worker that has been started.
+#[derive(Debug)]
+pub struct Started {
+    /// Where its files go, one at a time; closed, it ends after the file that it has.
+    pub queue: std_mpsc::SyncSender<Candidate>,
+    /// Started by whoever hands over a file.
+    pub stopwatch: Stopwatch,
+    /// Its thread.
+    pub thread: JoinHandle<()>,
+}
+
+/// Starts worker number `index`, which makes its classifier first.
+pub fn start(
     index: usize,
     context: Context,
-    classifier: Classifier,
-    candidates: std_mpsc::Receiver<Candidate>,
+    classifier: impl FnOnce() -> Result<Classifier, BundleError> + Send + 'static,
     reports: mpsc::UnboundedSender<Report>,
     stopwatch: Stopwatch,
-) -> std::io::Result<std::thread::JoinHandle<()>> {
-    std::thread::Builder::new()
-        .name(format!("worker-{index}"))
-        .spawn(move || {
-            let mut worker = Worker {
-                context,
-                classifier,
-                stopwatch,
-            };
-            while let Ok(candidate) = candidates.recv() {
-                worker.stopwatch.stop();
-                let path = candidate.path.clone();
-                let disposition = catch_unwind(AssertUnwindSafe(|| worker.process(&candidate)))
-                    .unwrap_or(Disposition::WorkerDied);
-                let died = disposition == Disposition::WorkerDied;
-                if reports
-                    .send(Report {
-                        worker: index,
-                        path,
-                        disposition,
-                    })
-                    .is_err()
-                    || died
-                {
-                    return;
-                }
+) -> std::io::Result<Started> {
+    let (queue, candidates) = std_mpsc::sync_channel::<Candidate>(1);
+    let its_own = stopwatch.clone();
+    let report = move |path, disposition| {
+        reports
+            .send(Report {
+                worker: index,
+                path,
+                disposition,
+            })
+            .is_ok()
+    };
+    let work = move || {
+        let classifier = match classifier() {
+            Ok(classifier) => classifier,
+            Err(error) => {
+                tracing::error!("a worker cannot start: {error}");
+                report(PathBuf::new(), Disposition::WorkerDied);
+                return;
             }
-        })
+        };
+        let mut worker = Worker {
+            context,
+            classifier,
+            stopwatch: its_own,
+        };
+        while let Ok(candidate) = candidates.recv() {
+            worker.stopwatch.stop();
+            let path = candidate.path.clone();
+            let disposition = catch_unwind(AssertUnwindSafe(|| worker.process(&candidate)))
+                .unwrap_or(Disposition::WorkerDied);
+            let died = disposition == Disposition::WorkerDied;
+            if !report(path, disposition) || died {
+                return;
+            }
+        }
+    };
+    let thread = std::thread::Builder::new()
+        .name(format!("worker-{index}"))
+        .spawn(work)?;
+    Ok(Started {
+        queue,
+        stopwatch,
+        thread,
+    })
 }
 
 struct Worker {
@@ -123,12 +151,9 @@ impl Worker {
             stamp,
         };
         let attempts = self.context.config.pipeline.attempts;
-        let claim = self
-            .context
-            .store
-            .call_that(Survives::Process, move |ledger| {
-                ledger.claim(scan_id, &file, now(), attempts)
-            });
+        let claim = self.call(Survives::Process, move |ledger| {
+            ledger.claim(scan_id, &file, now(), attempts)
+        });
         let attempt = match claim {
             Ok(Claim::Run { attempt }) => attempt,
             Ok(Claim::Known) => {
@@ -138,10 +163,10 @@ impl Worker {
             // The other worker's outcome will be this file's; should it give the claim back, this one is next.
             Ok(Claim::InProgress) => return Disposition::NotYet(Some(stamp)),
             Ok(Claim::GiveUp { deaths }) => {
-                tracing::error!(%scan_id, deaths, "rejected: the process died on it each time");
+                tracing::error!(%scan_id, deaths, "rejected: the process died on it or hung each time");
                 let reason = RejectReason::new(
                     RejectCode::Crashed,
-                    format!("the process died {deaths} times while it worked on this file"),
+                    format!("the process died or hung {deaths} times while it worked on this file"),
                 );
                 let (mut examined, group) = self.rejected(scan_id, reason, &candidate.path, stamp);
                 examined.attempt = deaths + 1;
@@ -166,7 +191,7 @@ impl Worker {
             .iter()
             .any(|p| p.outcome.as_ref().is_err_and(may_grow));
         if incomplete && !candidate.last_chance {
-            return match self.write(move || move |ledger| ledger.release(scan_id)) {
+            return match self.write(move || move |ledger| ledger.release(scan_id, attempt)) {
                 Some(()) => Disposition::NotYet(Some(stamp)),
                 None => Disposition::Blocked,
             };
@@ -339,7 +364,7 @@ impl Worker {
         C: FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
     {
         loop {
-            match self.context.store.call_blocking(make_call()) {
+            match self.call(Survives::PowerCut, make_call()) {
                 Ok(done) => {
                     self.context.health.clear(Condition::StateUnwritable);
                     return Some(done);
@@ -356,6 +381,15 @@ impl Worker {
             )]
             std::thread::sleep(RETRY);
         }
+    }
+
+    fn call<R: Send + 'static>(
+        &self,
+        survives: Survives,
+        call: impl FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
+    ) -> Result<R, StoreError> {
+        let store = self.context.store.upgrade().ok_or(StoreError::Closed)?;
+        store.call_that(survives, call)
     }
 
     fn blocked(&self, error: &StoreError) {

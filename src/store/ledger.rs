@@ -579,15 +579,32 @@ impl Ledger {
         })
     }
 
-    /// Gives a claim back without an outcome: the file was not complete, or the daemon stops. The attempt does not count.
-    pub fn release(&mut self, scan_id: ScanId) -> Result<()> {
+    /// Gives the `attempt`-th claim back without an outcome: the file was not complete, or the daemon stops. The attempt does not count.
+    /// Nothing changes if it is not the claim that holds: it was taken away, and somebody else has the file.
+    pub fn release(&mut self, scan_id: ScanId, attempt: u32) -> Result<()> {
         // The first attempt leaves no trace, or every version of a file that grows slowly would leave a row.
-        let first = "DELETE FROM scan WHERE scan_id = ?1 AND done_at IS NULL AND attempts <= 1";
-        self.conn.prepare_cached(first)?.execute([&scan_id.0[..]])?;
+        let first = "DELETE FROM scan WHERE scan_id = ?1 AND done_at IS NULL AND attempts = 1 AND ?2 = 1 AND session = ?3";
+        let values = params![&scan_id.0[..], attempt, self.session];
+        self.conn.prepare_cached(first)?.execute(values)?;
         self.conn
-            .prepare_cached("UPDATE scan SET session = 0, attempts = attempts - 1 WHERE scan_id = ?1 AND (done_at IS NULL OR again = 1) AND attempts > 0")?
-            .execute([&scan_id.0[..]])?;
+            .prepare_cached("UPDATE scan SET session = 0, attempts = attempts - 1 WHERE scan_id = ?1 AND (done_at IS NULL OR again = 1) AND attempts = ?2 AND session = ?3")?
+            .execute(values)?;
         Ok(())
+    }
+
+    /// Takes the claim that this session holds on the bytes at `path` away from a worker that hangs on them. The attempt counts, as if
+    /// the process had died on them. Returns whose claim it was, if there was one.
+    pub fn take_away(&mut self, path: &Path) -> Result<Option<ScanId>> {
+        Ok(self
+            .conn
+            .prepare_cached(
+                "UPDATE scan SET session = 0 WHERE scan_id = (SELECT scan_id FROM file WHERE path = ?1) AND session = ?2
+                   AND (done_at IS NULL OR again = 1) AND attempts > 0 RETURNING scan_id",
+            )?
+            .query_row(params![path_bytes(path), self.session], |row| {
+                Ok(Pseudonym(row.get(0)?))
+            })
+            .optional()?)
     }
 
     fn remember(&mut self, scan_id: ScanId, file: &ScanFile, now: i64) -> Result<()> {

@@ -216,6 +216,7 @@ fn the_codes_in_the_schemas_are_the_programs() {
         Condition::Paused,
         Condition::ModelFallback,
         Condition::ReloadRefused,
+        Condition::WorkerReplaced,
     ];
     assert_eq!(conditions, all.iter().map(|c| c.code()).collect());
     // The other way round, by the sources: no code is left out.

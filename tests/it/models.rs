@@ -401,25 +401,19 @@ fn a_swap_waits_for_a_file_that_takes_long() {
 }
 
 #[test]
-fn a_swap_does_not_wait_for_ever_for_a_worker_that_hangs() {
+fn a_swap_leaves_a_worker_that_hangs_behind() {
     let broker = Mosquitto::start();
     let subscriber = broker.subscribe();
-    let more = "[pipeline]\nworkers = 1\ndeadline_s = 5\n";
+    let more = "[pipeline]\nworkers = 1\ndeadline_s = 10\n";
     let mut appliance = Appliance::with(&broker.url(), more);
     appliance.start();
     let _freezer = appliance.freeze("worker");
     appliance.rename_in("a.png", &slices(1)[0]);
     install(&appliance, &variant(&appliance, "2"));
-    let code = appliance.process.as_mut().unwrap().exit_code();
-    assert_eq!(code, Some(1), "{}", appliance.log());
-    wait_for("the farewell", || {
-        let status = subscriber.of_kind("status").pop();
-        status.is_some_and(|m| m.payload == "stopped")
-    });
-    // Started again, as systemd would.
-    appliance.start();
     let results = subscriber.wait_for_scans(1);
     assert_eq!(results[0]["model"]["version"], "2");
+    assert!(appliance.log().contains("a worker hangs on a file"));
+    assert_always_online(&subscriber);
     assert_eq!(appliance.stop(), Some(0));
 }
 

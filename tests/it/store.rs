@@ -1,7 +1,7 @@
 //! The ledger against a small model: any order of claims, outcomes, acknowledgements and crashes.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
 use scansentry::config::AlertRule;
@@ -272,10 +272,11 @@ proptest! {
                     prop_assert_eq!(running.claim(n), expected);
                 }
                 Op::Release(n) => {
-                    running.store().call_blocking(move |l| l.release(id(n))).unwrap();
                     let scan = scans.entry(n).or_default();
-                    if !scan.done || scan.again {
-                        scan.attempts = scan.attempts.saturating_sub(1);
+                    let attempt = scan.attempts;
+                    running.store().call_blocking(move |l| l.release(id(n), attempt)).unwrap();
+                    if scan.held && (!scan.done || scan.again) {
+                        scan.attempts -= 1;
                         scan.held = false;
                     }
                 }
@@ -418,6 +419,37 @@ fn damage_met_in_use_ends_the_store_and_the_next_start_sets_it_aside() {
     drop(again.store);
     again.thread.join().unwrap();
     assert!(Store::open(folder.path()).unwrap().set_aside.is_none());
+}
+
+#[test]
+fn a_claim_that_is_taken_away_counts_and_its_late_worker_changes_nothing() {
+    let running = Running::new();
+    let call = |path: PathBuf| {
+        let taken = running.store().call_blocking(move |l| l.take_away(&path));
+        taken.unwrap()
+    };
+    let path = || file(1).path;
+    let release = |attempt| {
+        let released = running
+            .store()
+            .call_blocking(move |l| l.release(id(1), attempt));
+        released.unwrap();
+    };
+    assert_eq!(call(path()), None, "nobody has it");
+    assert_eq!(running.claim(1), Claim::Run { attempt: 1 });
+    assert_eq!(running.claim(1), Claim::InProgress);
+    assert_eq!(call(path()), Some(id(1)));
+    assert_eq!(call(path()), None, "it is nobody's any more");
+    assert_eq!(running.claim(1), Claim::Run { attempt: 2 });
+    // The first worker comes back and wants to give back what it does not hold.
+    release(1);
+    assert_eq!(running.claim(1), Claim::InProgress);
+    release(2);
+    assert_eq!(running.claim(1), Claim::Run { attempt: 2 });
+    assert!(running.record(1));
+    assert!(!running.record(1), "a late outcome is none");
+    assert_eq!(call(path()), None, "it is done");
+    assert_eq!(running.claim(1), Claim::Known);
 }
 
 #[test]
