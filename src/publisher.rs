@@ -201,8 +201,10 @@ impl Publisher {
         }
     }
 
-    /// Sets a message of the outbox aside.
-    async fn park(&self, seq: i64, reason: String) -> Result<(), StoreError> {
+    /// Sets a message of the outbox aside, and what was known of it.
+    async fn park(&self, outbox: &mut Outbox, seq: i64, reason: String) -> Result<(), StoreError> {
+        outbox.suspicion.gone(seq);
+        outbox.got_on = true;
         tracing::debug!(seq, reason, "parked");
         let now = jiff::Timestamp::now().as_second();
         let parked = self
@@ -589,9 +591,8 @@ impl<'a> Connection<'a> {
     }
 
     async fn park(&mut self, seq: i64, reason: String) -> Result<(), Ended> {
-        self.outbox.suspicion.gone(seq);
-        self.outbox.got_on = true;
-        self.publisher.park(seq, reason).await.map_err(Ended::Store)
+        let parked = self.publisher.park(self.outbox, seq, reason).await;
+        parked.map_err(Ended::Store)
     }
 
     /// Looks for the message at fault after the connection has ended.
@@ -606,9 +607,8 @@ impl<'a> Connection<'a> {
         let passed_over =
             sent.at.elapsed() > patience && self.passed.is_some_and(|passed| passed > ticket);
         if alone && lost.too_large {
-            self.outbox.suspicion.gone(sent.seq);
-            self.outbox.got_on = true;
-            self.publisher.park(sent.seq, lost.to_string()).await?;
+            let reason = lost.to_string();
+            self.publisher.park(self.outbox, sent.seq, reason).await?;
         } else if alone || passed_over {
             let allowed = sent.allowed(ENDS);
             self.outbox.hold = Duration::from_secs(self.publisher.mqtt.backoff_max_s) * 10;

@@ -9,10 +9,12 @@ use clap::Args;
 use serde::Serialize;
 use tokio::sync::{Notify, mpsc};
 
-use super::classify::Asked;
+use super::classify::{Asked, open_file, read_file};
 use super::{Failure, Global};
 use crate::classifier::Classifier;
 use crate::config::Config;
+use crate::daemon;
+use crate::engine::EngineInfo;
 use crate::health::Health;
 use crate::message::{ModelRef, Reporter, Sender, millis};
 use crate::metrics::Metrics;
@@ -59,7 +61,7 @@ struct Report<'a> {
     processor: String,
     cores: usize,
     workers: usize,
-    engine: EngineReport<'a>,
+    engine: &'a EngineInfo,
     model: &'a ModelRef,
     images: ImagesReport,
     /// From nothing to a model that has reproduced its golden outputs.
@@ -69,14 +71,6 @@ struct Report<'a> {
     /// Null where the folder cannot be written.
     ledger: Option<LedgerReport>,
     peak_memory_bytes: Option<u64>,
-}
-
-#[derive(Serialize)]
-struct EngineReport<'a> {
-    runtime: &'a str,
-    version: &'a str,
-    delegate: &'a str,
-    threads: usize,
 }
 
 #[derive(Serialize)]
@@ -161,14 +155,9 @@ pub(super) fn bench(global: &Global, args: &BenchArgs) -> Result<(), Failure> {
     let first = asked.load(&config)?;
     let load_ms = millis(start.elapsed());
     let time = Duration::from_secs(args.seconds);
-    let workers = config.pipeline.worker_count();
-
-    let (bundle, rule) = (first.bundle().clone(), *first.rule());
-    let more = (1..workers).map(|_| Classifier::new(bundle.clone(), rule, &config));
-    let mut classifiers = std::iter::once(Ok(first))
-        .chain(more)
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|e| Failure::Configuration(e.0))?;
+    let mut classifiers =
+        daemon::classifiers(first, &config).map_err(|e| Failure::Configuration(e.0))?;
+    let (workers, bundle) = (classifiers.len(), classifiers[0].bundle().clone());
     let (stages_ms, one_worker) = stages(&mut classifiers[0], &images, &config, time)?;
     let bound = bound(&mut classifiers, &images, &config, time);
     let engine = classifiers[0].engine_info().clone();
@@ -176,7 +165,9 @@ pub(super) fn bench(global: &Global, args: &BenchArgs) -> Result<(), Failure> {
     let below = args.dir.as_ref().unwrap_or(&config.state.dir).clone();
     let (recorded, ledger) = match Scratch::make(&below) {
         Ok(scratch) => {
-            let files = ((bound * time.as_secs_f64()) as usize).clamp(images.len(), FILES);
+            let files = ((bound * time.as_secs_f64()) as usize)
+                .max(images.len())
+                .min(FILES);
             let recorded = recorded(&scratch, &config, classifiers, &images, files)?;
             (Some(recorded), Some(ledger(&scratch)?))
         }
@@ -193,12 +184,7 @@ pub(super) fn bench(global: &Global, args: &BenchArgs) -> Result<(), Failure> {
         processor: processor(),
         cores: std::thread::available_parallelism().map_or(1, usize::from),
         workers,
-        engine: EngineReport {
-            runtime: engine.runtime,
-            version: &engine.version,
-            delegate: &engine.delegate,
-            threads: engine.threads,
-        },
+        engine: &engine,
         model: &bundle.model_ref,
         images: ImagesReport {
             count: images.len(),
@@ -244,13 +230,11 @@ fn images(files: &[PathBuf], most: u64) -> Result<Vec<Vec<u8>>, Failure> {
             .map_err(|e| Failure::Runtime(format!("phantom: {e}")));
     }
     let read = |path: &PathBuf| {
-        let failed =
-            |why: String| Failure::Runtime(format!("{}: {why}; give image files", path.display()));
-        let size = std::fs::metadata(path).map_err(|e| failed(e.to_string()))?;
-        if !size.is_file() || size.len() > most {
-            return Err(failed("no file, or beyond limits.file_bytes".into()));
-        }
-        std::fs::read(path).map_err(|e| failed(e.to_string()))
+        let bytes = open_file(path).and_then(|file| read_file(file, most));
+        bytes.map_err(|reason| {
+            let (path, why) = (path.display(), reason.message);
+            Failure::Runtime(format!("{path}: {why}; give image files"))
+        })
     };
     files.iter().map(read).collect()
 }

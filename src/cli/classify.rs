@@ -338,7 +338,7 @@ fn unreadable(error: &std::io::Error) -> RejectReason {
     RejectReason::new(RejectCode::Unreadable, message)
 }
 
-fn open_file(file: &Path) -> Result<File, RejectReason> {
+pub(super) fn open_file(file: &Path) -> Result<File, RejectReason> {
     // A pipe would keep the opener waiting for ever.
     if !file.metadata().map_err(|e| unreadable(&e))?.is_file() {
         return Err(RejectReason::new(
@@ -349,7 +349,7 @@ fn open_file(file: &Path) -> Result<File, RejectReason> {
     File::open(file).map_err(|e| unreadable(&e))
 }
 
-fn read_file(mut file: File, limit: u64) -> Result<Vec<u8>, RejectReason> {
+pub(super) fn read_file(mut file: File, limit: u64) -> Result<Vec<u8>, RejectReason> {
     let length = file.metadata().map_err(|e| unreadable(&e))?.len();
     if length > limit {
         let message = format!("{length} bytes; at most {limit} are read (limits.file_bytes)");

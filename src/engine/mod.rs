@@ -11,6 +11,8 @@ mod stderr;
 #[cfg(tflite)]
 mod tflite;
 
+use serde::Serialize;
+
 pub use crate::tensor::{ElementType, QuantParams, TensorSpec};
 
 impl TensorSpec {
@@ -55,7 +57,7 @@ pub const RUNTIMES: &[Runtime] = &[
 ];
 
 /// Which runtime runs the model, for the start-up log line and `bench`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct EngineInfo {
     /// `"LiteRT"` or `"TensorFlow Lite"`.
     pub runtime: &'static str,

@@ -86,7 +86,7 @@ pub struct Workers {
     pub most: usize,
 }
 
-/// A worker, and the file that it has in hand.
+/// A worker, and the file that it has in hand; without one it is free.
 struct Hand {
     started: Started,
     file: Option<Candidate>,
@@ -108,7 +108,6 @@ pub struct Intake {
     turn: Stopwatch,
     /// How often everything has been walked.
     walked: Arc<AtomicU64>,
-    idle: Vec<usize>,
     ready: VecDeque<Candidate>,
     /// Paths in `ready` or in a worker.
     taken: HashSet<PathBuf>,
@@ -204,7 +203,6 @@ impl Intake {
             })
         };
         let hands: Vec<_> = workers.started.into_iter().map(hand).collect();
-        let idle = (0..hands.len()).rev().collect();
         Self {
             config,
             store,
@@ -216,7 +214,6 @@ impl Intake {
             most_lost: workers.most,
             turn: Stopwatch::default(),
             walked: Arc::default(),
-            idle,
             ready: VecDeque::new(),
             taken: HashSet::new(),
             again: HashSet::new(),
@@ -349,14 +346,10 @@ impl Intake {
         if self.care != Care::Off && self.busy() {
             return;
         }
-        while let Some(&worker) = self.idle.last()
+        let mut hands = self.workers.iter_mut().flatten();
+        while let Some(hand) = hands.find(|hand| hand.file.is_none())
             && let Some(candidate) = self.ready.pop_front()
         {
-            let Some(hand) = &mut self.workers[worker] else {
-                self.idle.pop();
-                self.ready.push_front(candidate);
-                continue;
-            };
             // From here on, so that a worker that never begins is noticed too.
             hand.started.stopwatch.start();
             hand.file = Some(candidate.clone());
@@ -369,7 +362,6 @@ impl Intake {
                 self.ready.push_front(candidate);
                 return;
             }
-            self.idle.pop();
             if self.care != Care::Off {
                 return;
             }
@@ -462,7 +454,6 @@ impl Intake {
             return Err(IntakeError::WorkerDied(worker));
         }
         hand.file = None;
-        self.idle.push(worker);
         if self.care == Care::Draining && self.ready.is_empty() {
             tracing::info!("no file of the run that died has ended this one; back to all workers");
             self.care = Care::Off;
@@ -679,7 +670,6 @@ impl Intake {
                     started,
                     file: None,
                 }));
-                self.idle.push(next);
             }
         }
         Ok(())
