@@ -116,10 +116,6 @@ fn count(appliance: &Appliance, name: &str) -> u64 {
     appliance.status()["counts"][name].as_u64().unwrap()
 }
 
-fn wait_for_outbox(appliance: &Appliance, messages: u64) {
-    wait_for("the outbox", || count(appliance, "outbox") == messages);
-}
-
 /// `outbox list --json`.
 fn parked(appliance: &Appliance) -> Vec<Value> {
     let output = appliance.command(&["outbox", "list", "--json"]).output();
@@ -427,7 +423,7 @@ fn restarts(times: usize, images: usize) {
     }
     broker.restart();
     subscriber.wait_for_scans(images);
-    wait_for_outbox(&appliance, 0);
+    appliance.wait_until_delivered();
     let resends = assert_no_double_outcome(&subscriber.results());
     let (classified, rejected) = (
         count(&appliance, "classified"),
@@ -456,7 +452,7 @@ fn a_connection_that_goes_dead_is_given_up_and_what_was_on_its_way_sent_again() 
         appliance.start();
         broker.wait_for(20);
         assert_eq!(broker.arrivals(), all_but(20, &[]));
-        wait_for_outbox(&appliance, 0);
+        appliance.wait_until_delivered();
         assert!(broker.connections() > 1);
     });
 }
@@ -476,7 +472,7 @@ fn without_an_acknowledgement_a_message_is_sent_again_with_the_same_event_id() {
         fill(&appliance, 12, &[]);
         appliance.start();
         broker.wait_for(12);
-        wait_for_outbox(&appliance, 0);
+        appliance.wait_until_delivered();
         let sent: Vec<_> = broker.seen();
         let fourth: Vec<_> = sent.iter().filter(|(m, _)| m.number() == Some(4)).collect();
         assert_eq!(fourth.len(), 2);
@@ -494,7 +490,7 @@ fn a_slow_broker_gets_everything_in_order() {
     appliance.start();
     broker.wait_for(40);
     assert_eq!(broker.arrivals(), all_but(40, &[]));
-    wait_for_outbox(&appliance, 0);
+    appliance.wait_until_delivered();
 }
 
 #[test]
@@ -514,7 +510,7 @@ fn order_is_kept_over_reconnects() {
         appliance.start();
         broker.wait_for(30);
         assert_eq!(broker.arrivals(), all_but(30, &[]));
-        wait_for_outbox(&appliance, 0);
+        appliance.wait_until_delivered();
         assert_eq!(count(&appliance, "parked"), 0);
     });
 }
@@ -539,7 +535,7 @@ fn refused_credentials_are_said_and_cost_nothing() {
             count(&appliance, "classified") == 1
         });
         broker.reconfigure("allow_anonymous false\n", open);
-        wait_for_outbox(&appliance, 0);
+        appliance.wait_until_delivered();
         assert!(count(&appliance, "delivered") >= 1);
         let warnings = appliance.log().matches("degraded: no connection").count();
         assert_eq!(warnings, 1, "one warning an outage");
@@ -681,7 +677,7 @@ fn another_client_with_the_same_id_is_named_and_everything_gets_through() {
     });
     subscriber.wait_for_scans(10);
     drop(rival);
-    wait_for_outbox(&appliance, 0);
+    appliance.wait_until_delivered();
     assert_no_double_outcome(&subscriber.results());
     assert_eq!(count(&appliance, "parked"), 0);
 }
@@ -731,7 +727,7 @@ fn too_large(protocol: u8, limit: &str) {
     let mut appliance = appliance(&broker.url(), protocol);
     fill(&appliance, 12, &[3, 7]);
     appliance.start();
-    wait_for_outbox(&appliance, 0);
+    appliance.wait_until_delivered();
     wait_for("the others", || numbers(&subscriber).len() == 10);
     let list = parked(&appliance);
     assert_eq!(list.len(), 2, "{list:?}");
@@ -774,7 +770,7 @@ fn too_large(protocol: u8, limit: &str) {
     let still = count(&appliance, "parked");
     retry_all(&appliance, still);
     wait_for("all of them", || numbers(&subscriber).len() == 12);
-    wait_for_outbox(&appliance, 0);
+    appliance.wait_until_delivered();
     assert!(parked(&appliance).is_empty());
     wait_for("good health", || !degraded(&subscriber));
     for large in subscriber.of_kind("result") {
@@ -815,7 +811,7 @@ fn a_refusal_that_passes_keeps_the_order() {
         fill(&appliance, 30, &[]);
         appliance.start();
         broker.wait_for(30);
-        wait_for_outbox(&appliance, 0);
+        appliance.wait_until_delivered();
         // What was on its way with it is ahead of it: less than a window. Nothing else is.
         let arrivals = broker.arrivals();
         let place = arrivals.iter().position(|n| *n == 2).unwrap();
@@ -847,7 +843,7 @@ fn one_that_is_always_refused_is_parked_while_the_rest_goes_on() {
         let mut appliance = appliance(&broker.url(), 5);
         fill(&appliance, 30, &[]);
         appliance.start();
-        wait_for_outbox(&appliance, 0);
+        appliance.wait_until_delivered();
         assert_eq!(broker.arrivals(), all_but(30, &[5]));
         let list = parked(&appliance);
         assert_eq!(
@@ -867,7 +863,7 @@ fn one_that_is_always_refused_is_parked_while_the_rest_goes_on() {
         broker.wait_for(30);
         let last = broker.results().pop().unwrap();
         assert!(last.replay && last.number() == Some(5));
-        wait_for_outbox(&appliance, 0);
+        appliance.wait_until_delivered();
         assert_eq!(count(&appliance, "parked"), 0);
     }
 }
@@ -890,7 +886,7 @@ fn one_that_ends_every_connection_is_parked_while_the_rest_goes_on() {
         let mut appliance = appliance(&broker.url(), protocol);
         fill(&appliance, 20, &[]);
         appliance.start();
-        wait_for_outbox(&appliance, 0);
+        appliance.wait_until_delivered();
         let mut arrivals = broker.arrivals();
         arrivals.sort_unstable();
         assert_eq!(arrivals, all_but(20, &[3, 4]), "{protocol} {does:?}");
@@ -900,7 +896,7 @@ fn one_that_ends_every_connection_is_parked_while_the_rest_goes_on() {
         assert_eq!(appliance.stop(), Some(0));
         appliance.start();
         broker.wait_for(20);
-        wait_for_outbox(&appliance, 0);
+        appliance.wait_until_delivered();
         assert_eq!(count(&appliance, "parked"), 0);
     }
 }
@@ -935,7 +931,7 @@ fn a_broker_that_takes_nothing_has_nothing_parked() {
         );
         broker.follow(|_| Does::Acknowledge);
         broker.wait_for(19);
-        wait_for_outbox(&appliance, 0);
+        appliance.wait_until_delivered();
         // The one that was under suspicion when it was mended may be set aside; it is not lost.
         let left = count(&appliance, "parked");
         assert!(left <= 1);
@@ -967,10 +963,12 @@ fn backlog(messages: usize) {
     fill(&appliance, messages, &[]);
     appliance.start();
     assert_eq!(count(&appliance, "outbox"), messages as u64);
-    let before = resident(&appliance);
+    let before = appliance.process_figure("VmRSS");
     broker.restart();
     let mut most = before;
-    wait_for_outbox_of(&appliance, || most = most.max(resident(&appliance)));
+    wait_for_outbox_of(&appliance, || {
+        most = most.max(appliance.process_figure("VmRSS"));
+    });
     let grown = most.saturating_sub(before) / 1024;
     println!(
         "{messages} messages: {} MB before, at most {grown} MB more",
@@ -996,12 +994,4 @@ fn wait_for_outbox_of(appliance: &Appliance, mut meanwhile: impl FnMut()) {
             return;
         }
     }
-}
-
-/// Resident memory of the daemon, kB.
-fn resident(appliance: &Appliance) -> u64 {
-    let pid = appliance.process.as_ref().unwrap().0.id();
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find(|l| l.starts_with("VmRSS:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }

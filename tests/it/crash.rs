@@ -68,9 +68,7 @@ fn die(appliance: &mut Appliance, fault: &str) {
 #[track_caller]
 fn assert_all_there(appliance: &Appliance, subscriber: &Subscriber, images: usize) -> usize {
     let results = subscriber.wait_for_scans(images);
-    wait_for("an empty outbox", || {
-        appliance.status()["counts"]["outbox"] == 0
-    });
+    appliance.wait_until_delivered();
     assert_no_double_outcome(&subscriber.results());
     let mut events: HashMap<String, String> = HashMap::new();
     let mut resends = 0;

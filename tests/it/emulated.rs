@@ -153,18 +153,13 @@ fn outcomes(appliance: &mut Appliance, images: &[Vec<u8>]) -> BTreeMap<String, V
     }
     let results = subscriber.results();
     assert_eq!(assert_no_double_outcome(&results), 0);
-    println!("{}", peak_memory(appliance));
+    println!(
+        "peak resident memory: {} kB",
+        appliance.process_figure("VmHWM")
+    );
     assert_eq!(appliance.stop(), Some(0));
     results
         .into_iter()
         .map(|result| (result["scan_id"].as_str().unwrap().to_owned(), result))
         .collect()
-}
-
-/// The daemon's peak resident memory, for the notes.
-fn peak_memory(appliance: &Appliance) -> String {
-    let pid = appliance.process.as_ref().unwrap().0.id();
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM"));
-    format!("peak resident memory {}", line.unwrap_or_default())
 }

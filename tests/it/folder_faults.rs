@@ -14,17 +14,6 @@ use crate::support::{
     wait_for,
 };
 
-/// How often the log says that the folder is away, and that it is there again.
-fn away_and_back(appliance: &Appliance) -> (usize, usize) {
-    let log = appliance.log();
-    let of = |word: &str| {
-        log.lines()
-            .filter(|l| l.contains(word) && l.contains("folder_away"))
-            .count()
-    };
-    (of("degraded"), of("recovered"))
-}
-
 #[test]
 fn a_share_is_mounted_over_the_folder_and_unmounted_and_comes_back() {
     let Some(space) = Namespace::new() else {
@@ -47,15 +36,19 @@ fn a_share_is_mounted_over_the_folder_and_unmounted_and_comes_back() {
     // File events come from there: the next walk is minutes away.
     std::fs::write(inside.join("b.png"), numbered(2)).unwrap();
     subscriber.wait_for_scans(3);
-    assert_eq!(away_and_back(&appliance), (0, 0));
+    assert_eq!(appliance.began_and_ended("folder_away"), (0, 0));
 
     space.run(&["umount", "-l", export.to_str().unwrap()]);
-    wait_for("degraded health", || away_and_back(&appliance) == (1, 0));
+    wait_for("degraded health", || {
+        appliance.began_and_ended("folder_away") == (1, 0)
+    });
     space.mount_tmpfs(&export, "8m");
     std::fs::write(inside.join("a.png"), numbered(1)).unwrap();
     std::fs::write(inside.join("c.png"), numbered(3)).unwrap();
     let results = subscriber.wait_for_scans(4);
-    wait_for("good health", || away_and_back(&appliance) == (1, 1));
+    wait_for("good health", || {
+        appliance.began_and_ended("folder_away") == (1, 1)
+    });
     assert_eq!(assert_no_double_outcome(&results), 0);
     assert_eq!(appliance.stop(), Some(0));
 }
@@ -96,11 +89,15 @@ fn permissions_are_lost_and_given_back() {
 
     // Names can be read without being allowed to look at what is behind them; that is as good as nothing.
     chmod(&export, 0o744);
-    wait_for("degraded health", || away_and_back(&appliance) == (1, 0));
+    wait_for("degraded health", || {
+        appliance.began_and_ended("folder_away") == (1, 0)
+    });
     appliance.rename_in("b.png", &numbered(2));
     chmod(&export, 0o755);
     subscriber.wait_for_scans(2);
-    wait_for("good health", || away_and_back(&appliance) == (1, 1));
+    wait_for("good health", || {
+        appliance.began_and_ended("folder_away") == (1, 1)
+    });
 
     // A single file: rejected, and taken up when it can be read.
     let secret = export.join("secret.part");
@@ -431,11 +428,15 @@ fn a_fuse_share_is_polled_without_being_told() {
     assert!(appliance.log().contains("polling"));
     // The server dies: an error at every access, until it is mounted again.
     space.run(&["umount", "-l", export.to_str().unwrap()]);
-    wait_for("degraded health", || away_and_back(&appliance) == (1, 0));
+    wait_for("degraded health", || {
+        appliance.began_and_ended("folder_away") == (1, 0)
+    });
     std::fs::write(server.join("late.png"), numbered(9)).unwrap();
     space.run(&["bindfs", server.to_str().unwrap(), export.to_str().unwrap()]);
     let results = subscriber.wait_for_scans(4);
     assert_eq!(assert_no_double_outcome(&results), 0);
-    wait_for("good health", || away_and_back(&appliance) == (1, 1));
+    wait_for("good health", || {
+        appliance.began_and_ended("folder_away") == (1, 1)
+    });
     assert_eq!(appliance.stop(), Some(0));
 }

@@ -215,9 +215,7 @@ fn a_broker_that_is_away_delays_and_loses_nothing() {
     broker.restart();
     let results = subscriber.wait_for_scans(5);
     assert_eq!(assert_no_double_outcome(&results), 0);
-    wait_for("an empty outbox", || {
-        appliance.status()["counts"]["outbox"] == 0
-    });
+    appliance.wait_until_delivered();
     assert!(appliance.log().contains("recovered"));
 
     // Killed without a word, the broker speaks for it.
@@ -490,9 +488,7 @@ fn little_is_written_for_an_image() {
         appliance.rename_in(&format!("{number}.img"), image);
         subscriber.wait_for_scans(number + 1);
     }
-    wait_for("all to be acknowledged", || {
-        appliance.status()["counts"]["outbox"] == 0
-    });
+    appliance.wait_until_delivered();
     let each = (written() - log() - before) / IMAGES as u64;
     println!("{each} bytes written an image");
     assert!(each < 100_000, "{each} bytes written an image");
@@ -517,8 +513,8 @@ fn three_hundred_real_images_arrive_as_three_hundred_results() {
     println!("300 results in {:.1} s", start.elapsed().as_secs_f64());
     assert_eq!(subscriber.results().len(), 300);
     results.iter().for_each(check_result);
-    let pid = appliance.process.as_ref().unwrap().0.id();
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let peak = status.lines().find(|l| l.starts_with("VmHWM")).unwrap();
-    println!("peak resident memory: {peak}");
+    println!(
+        "peak resident memory: {} kB",
+        appliance.process_figure("VmHWM")
+    );
 }

@@ -482,9 +482,7 @@ fn reprocess_classifies_again_what_is_still_there_and_doubles_nothing() {
     }
     on.appliance.rename_in("letter.txt", b"Dear colleague");
     let first = on.subscriber.wait_for_scans(5);
-    wait_for("an empty outbox", || {
-        on.appliance.status()["counts"]["outbox"] == 0
-    });
+    on.appliance.wait_until_delivered();
     let counts = on.appliance.status()["counts"].clone();
     std::fs::remove_file(on.appliance.export().join("0.png")).unwrap();
     let mut all = command("all", "reprocess");
@@ -516,9 +514,7 @@ fn reprocess_classifies_again_what_is_still_there_and_doubles_nothing() {
             assert_eq!(before[key], result[key], "{key}");
         }
     }
-    wait_for("an empty outbox", || {
-        on.appliance.status()["counts"]["outbox"] == 0
-    });
+    on.appliance.wait_until_delivered();
     let now = on.appliance.status()["counts"].clone();
     for key in ["classified", "positive", "rejected"] {
         assert_eq!(counts[key], now[key], "{key}");
@@ -588,9 +584,7 @@ fn a_kill_in_the_middle_of_a_reprocess_loses_and_doubles_nothing() {
         pause(Duration::from_millis(30));
     }
     wait_for("all new outcomes", || scans(&again()) == count);
-    wait_for("an empty outbox", || {
-        on.appliance.status()["counts"]["outbox"] == 0
-    });
+    on.appliance.wait_until_delivered();
     pause(Duration::from_secs(1));
     assert!(again().iter().all(|r| r["revision"] == 2));
     assert_no_double_outcome(&again());

@@ -325,9 +325,7 @@ fn a_running_daemon_swaps_models_without_losing_or_doubling_a_result() {
     let files = || std::fs::read_dir(appliance.export()).unwrap().count();
     let images = files();
     subscriber.wait_for_scans(images);
-    wait_for("an empty outbox", || {
-        appliance.status()["counts"]["outbox"] == 0
-    });
+    appliance.wait_until_delivered();
     let results = subscriber.results();
     assert_eq!(
         results.len(),

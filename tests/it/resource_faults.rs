@@ -15,17 +15,6 @@ use crate::support::{
     pause, wait_for,
 };
 
-/// How often the log says that `condition` begins, and that it ends.
-fn began_and_ended(appliance: &Appliance, condition: &str) -> (usize, usize) {
-    let log = appliance.log();
-    let of = |word: &str| {
-        log.lines()
-            .filter(|l| l.contains(word) && l.contains(condition))
-            .count()
-    };
-    (of("degraded: "), of("recovered"))
-}
-
 /// Starts the daemon again whenever it ends by itself, as systemd does, until `done`; returns how often that was.
 fn supervise(appliance: &mut Appliance, mut done: impl FnMut(&Appliance) -> bool) -> usize {
     let mut starts = 0;
@@ -83,11 +72,11 @@ fn a_full_state_directory_holds_everything_up_and_loses_nothing() {
             appliance.rename_in(&format!("{scans}.png"), &numbered(scans));
             scans += 1;
             pause(Duration::from_millis(100));
-            began_and_ended(&appliance, "state_unwritable") == (round, round - 1)
+            appliance.began_and_ended("state_unwritable") == (round, round - 1)
         });
         pause(Duration::from_secs(2));
         assert_eq!(
-            began_and_ended(&appliance, "state_unwritable"),
+            appliance.began_and_ended("state_unwritable"),
             (round, round - 1),
             "said once: {}",
             appliance.log()
@@ -106,7 +95,7 @@ fn a_full_state_directory_holds_everything_up_and_loses_nothing() {
         let results = subscriber.wait_for_scans(scans);
         assert_eq!(assert_no_double_outcome(&results), 0);
         wait_for("recovery", || {
-            began_and_ended(&appliance, "state_unwritable") == (round, round)
+            appliance.began_and_ended("state_unwritable") == (round, round)
         });
     }
     assert_eq!(appliance.stop(), Some(0));
@@ -135,16 +124,16 @@ fn a_state_directory_that_turns_read_only_and_back_loses_nothing() {
         appliance.rename_in(&format!("{number}.png"), &numbered(number));
     }
     wait_for("degraded", || {
-        began_and_ended(&appliance, "state_unwritable").0 == 1
+        appliance.began_and_ended("state_unwritable").0 == 1
     });
     pause(Duration::from_secs(3));
-    let said = began_and_ended(&appliance, "state_unwritable");
+    let said = appliance.began_and_ended("state_unwritable");
     assert!(chattr("-i"));
     assert_eq!(said, (1, 0), "{}", appliance.log());
     let results = subscriber.wait_for_scans(5);
     assert_eq!(assert_no_double_outcome(&results), 0);
     wait_for("recovery", || {
-        began_and_ended(&appliance, "state_unwritable") == (1, 1)
+        appliance.began_and_ended("state_unwritable") == (1, 1)
     });
     assert_eq!(appliance.stop(), Some(0));
 }
@@ -178,17 +167,17 @@ fn without_descriptors_the_daemon_waits_until_there_are_some() {
         appliance.rename_in(&format!("{number}.png"), &numbered(number));
     }
     wait_for("degraded", || {
-        began_and_ended(&appliance, "folder_away") == (1, 0)
+        appliance.began_and_ended("folder_away") == (1, 0)
     });
     pause(Duration::from_secs(3));
     assert_eq!(subscriber.results().len(), 1);
-    assert_eq!(began_and_ended(&appliance, "folder_away"), (1, 0));
+    assert_eq!(appliance.began_and_ended("folder_away"), (1, 0));
     limit(1024);
     let results = subscriber.wait_for_scans(6);
     assert_eq!(assert_no_double_outcome(&results), 0);
     assert!(results.iter().all(|r| r["outcome"] == "classified"));
     wait_for("recovery", || {
-        began_and_ended(&appliance, "folder_away") == (1, 1)
+        appliance.began_and_ended("folder_away") == (1, 1)
     });
     drop(calls);
     let mut call = TcpStream::connect(("127.0.0.1", port)).unwrap();
@@ -477,7 +466,7 @@ fn a_damaged_ledger_is_set_aside_and_made_again_with_the_same_ids() {
         // Names by the second.
         pause(Duration::from_secs(1));
     }
-    let (began, _) = began_and_ended(&appliance, "ledger_rebuilt");
+    let (began, _) = appliance.began_and_ended("ledger_rebuilt");
     assert_eq!(began, 3);
 
     // While it runs: met when it is read, at the latest by the next start.

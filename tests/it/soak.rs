@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use scansentry::store::DATABASE;
 use serde_json::Value;
 
-use crate::support::{Appliance, Mosquitto, Process, pause, slices, wait_for};
+use crate::support::{Appliance, Mosquitto, Process, pause, slices};
 
 /// Files that may wait in the folder of the fast appliance.
 const AHEAD: usize = 400;
@@ -113,23 +113,17 @@ impl Watched {
 
     fn sample(&mut self, start: Instant) {
         let pid = self.appliance.process.as_ref().unwrap().0.id();
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let of = |key: &str| {
-            let line = status.lines().find(|l| l.starts_with(key)).unwrap();
-            let value = line[key.len()..].split_whitespace().next().unwrap();
-            value.parse::<usize>().unwrap()
-        };
         let bytes = |name: String| {
             std::fs::metadata(self.appliance.state().join(name)).map_or(0, |m| m.len())
         };
         self.samples.push(Sample {
             hours: start.elapsed().as_secs_f64() / 3600.0,
             images: self.images(),
-            memory_kb: of("VmRSS:") as f64,
+            memory_kb: self.appliance.process_figure("VmRSS") as f64,
             descriptors: std::fs::read_dir(format!("/proc/{pid}/fd"))
                 .unwrap()
                 .count(),
-            threads: of("Threads:"),
+            threads: self.appliance.process_figure("Threads") as usize,
             ledger_bytes: bytes(DATABASE.into()) + bytes(format!("{DATABASE}-wal")),
             log_bytes: self.appliance.log().len() as u64,
         });
@@ -237,9 +231,7 @@ fn an_hour_at_full_speed_and_one_at_an_image_a_minute() {
         );
         watched.sample(start);
         let appliance = &mut watched.appliance;
-        wait_for("an empty outbox", || {
-            appliance.status()["counts"]["outbox"] == 0
-        });
+        appliance.wait_until_delivered();
         assert_eq!(appliance.status()["counts"]["classified"], watched.fed);
         assert_eq!(watched.appliance.log().matches("degraded").count(), 0);
         assert_eq!(watched.appliance.stop(), Some(0));

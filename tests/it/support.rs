@@ -685,6 +685,31 @@ impl Appliance {
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
+    /// Waits until nothing waits for the broker.
+    #[track_caller]
+    pub fn wait_until_delivered(&self) {
+        wait_for("an empty outbox", || self.status()["counts"]["outbox"] == 0);
+    }
+
+    /// How often the log says that a condition begins, and that it ends.
+    pub fn began_and_ended(&self, condition: &str) -> (usize, usize) {
+        let log = self.log();
+        let of = |word: &str| {
+            log.lines()
+                .filter(|l| l.contains(word) && l.contains(condition))
+                .count()
+        };
+        (of("degraded: "), of("recovered"))
+    }
+
+    /// A number of `/proc/PID/status` of the daemon: `VmRSS`, `VmHWM` (kB), `Threads`.
+    pub fn process_figure(&self, key: &str) -> u64 {
+        let pid = self.process.as_ref().unwrap().0.id();
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let line = status.lines().find(|l| l.starts_with(key)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
     /// `status --json`, once there is a ledger.
     pub fn try_status(&self) -> Option<Value> {
         let output = self.command(&["status", "--json"]).output().unwrap();
