@@ -252,11 +252,9 @@ pub enum Unsent {
     /// The session is gone.
     #[error(transparent)]
     Gone(#[from] Gone),
-    /// The broker has said that it takes no message of this size, in bytes with its topic and properties.
-    #[error("{bytes} bytes, and the broker takes {limit}")]
+    /// The broker has said that it takes no message of this size. The line is the same for all such messages, so that they can be counted.
+    #[error("too large: the broker takes {limit} bytes, with topic and properties")]
     TooLarge {
-        /// Bytes of the message.
-        bytes: usize,
         /// Bytes that the broker takes.
         limit: usize,
     },
@@ -441,7 +439,7 @@ impl Session {
                 let bytes = message.size() + 2;
                 let limit = self.said.max_packet.load(Ordering::Relaxed) as usize;
                 if bytes > limit {
-                    return Err(Unsent::TooLarge { bytes, limit });
+                    return Err(Unsent::TooLarge { limit });
                 }
                 client
                     .publish_with_properties(topic, qos, retain, message.payload, properties)

@@ -833,9 +833,7 @@ impl<'a> Connection<'a> {
         match tokio::time::timeout(patience, publishing).await {
             Ok(Ok(ticket)) => Ok(Ok(ticket)),
             Ok(Err(Unsent::Gone(gone))) => Err(gone.into()),
-            Ok(Err(too_large @ Unsent::TooLarge { .. })) => {
-                Ok(Err(format!("too large: {too_large}")))
-            }
+            Ok(Err(too_large @ Unsent::TooLarge { .. })) => Ok(Err(too_large.to_string())),
             Err(_) => Err(Ended::Lost("the connection takes no messages".into())),
         }
     }

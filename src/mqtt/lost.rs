@@ -60,8 +60,8 @@ impl Lost {
                 refused_v5(*code)
             }
             E::MqttState(S::ServerDisconnect { reason_code, .. }) => disconnected(*reason_code),
-            E::MqttState(S::OutgoingPacketTooLarge { pkt_size, max }) => Self::too_large(format!(
-                "a message of {pkt_size} bytes, and the broker takes {max}"
+            E::MqttState(S::OutgoingPacketTooLarge { max, .. }) => Self::too_large(format!(
+                "a message is too large for the broker, which takes {max} bytes"
             )),
             E::MqttState(S::Deserialization(v5::mqttbytes::Error::InvalidConnectReturnCode(
                 PACKET_TOO_LARGE,
