@@ -374,6 +374,10 @@ fn hints_of(event: &notify::Event) -> Vec<Hint> {
                 }]
             });
         }
+        // Said again of what the event above has told, and of a name that is gone.
+        EventKind::Modify(ModifyKind::Name(RenameMode::Both | RenameMode::From)) => {
+            return Vec::new();
+        }
         EventKind::Create(CreateKind::Folder) => Hint::Folder,
         // It may be allowed to look into it by now.
         EventKind::Modify(ModifyKind::Metadata(_)) if event.paths.iter().all(|p| is_folder(p)) => {

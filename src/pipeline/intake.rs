@@ -371,7 +371,7 @@ impl Intake {
     fn hint(&mut self, hint: Hint) {
         failpoint::hit("hint", 0);
         match hint {
-            Hint::Complete(path) => self.ready(path, false),
+            Hint::Complete(path) => self.ready(path, false, self.room_for_hints()),
             Hint::Changed(path) => self.settle(path, None, false),
             Hint::Folder(path) => {
                 if self.walks.subfolders.len() + self.walks.late.len() < SUBFOLDERS {
@@ -392,14 +392,25 @@ impl Intake {
         }
     }
 
-    /// Queues a file for the workers.
-    fn ready(&mut self, path: PathBuf, last_chance: bool) {
+    /// Files that may be ready: twice as many as walks wait for.
+    fn room(&self) -> usize {
+        2 * self.config.limits.queue
+    }
+
+    /// As [`Self::room`], for what events tell of. While a walk waits for its turn they give way, or it and the files that settle would wait for
+    /// as long as others come as fast as they are worked on.
+    fn room_for_hints(&self) -> usize {
+        let walk_waits = self.walks.full_due || self.walks.running.is_some();
+        self.room() / if walk_waits { 2 } else { 1 }
+    }
+
+    /// Queues a file for the workers, if fewer than `room` are ready.
+    fn ready(&mut self, path: PathBuf, last_chance: bool, room: usize) {
         if self.taken.contains(&path) {
             self.look_again(path);
             return;
         }
-        // Room for hints beyond what walks may fill.
-        if self.ready.len() >= 2 * self.config.limits.queue {
+        if self.ready.len() >= room {
             self.walks.full_due = true;
             return;
         }
@@ -561,7 +572,9 @@ impl Intake {
             // A time in the future (a clock that was set back) counts as just now. However old it looks (a server's clock may be behind), it is
             // not the last chance: that takes a while of quiet before our own eyes.
             match age(&file.stamp) {
-                Some(age) if age > settle => self.ready(file.path, false),
+                Some(age) if age > settle => {
+                    self.ready(file.path, false, self.room());
+                }
                 _ => self.settle(file.path, Some(file.stamp), false),
             }
         }
@@ -619,9 +632,9 @@ impl Intake {
             let quiet = entry.since.elapsed();
             let deferred = entry.deferred;
             if quiet >= patience.max(settle) {
-                self.ready(path, true);
+                self.ready(path, true, self.room());
             } else if quiet >= settle && !deferred {
-                self.ready(path, false);
+                self.ready(path, false, self.room());
             }
         }
     }

@@ -323,7 +323,7 @@ impl Ledger {
         conn.set_prepared_statement_cache_capacity(64);
         // WAL with FULL: a commit is on the disk before it is answered, and a power cut loses only what was not answered; `begin` makes
         // exceptions.
-        // Small pages, because a commit writes whole ones and SD cards wear: about 32 kB an image instead of 82 with pages of 4096 bytes. A new
+        // Small pages, because a commit writes whole ones and SD cards wear: about 31 kB an image instead of 82 with pages of 4096 bytes. A new
         // database only; and a checkpoint every 4 MB, as with the larger pages.
         conn.execute_batch(
             "PRAGMA page_size = 1024; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA temp_store = MEMORY;

@@ -7,11 +7,15 @@ use std::os::unix::ffi::OsStringExt as _;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, SystemTime};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use rusqlite::Connection;
+use scansentry::store::DATABASE;
 
 use crate::support::{
-    Appliance, Mosquitto, Namespace, assert_no_double_outcome, is_root, numbered, pause, slices,
-    wait_for,
+    Appliance, Mosquitto, Namespace, PATIENCE, assert_no_double_outcome, is_root, numbered, pause,
+    slices, wait_for,
 };
 
 #[test]
@@ -439,4 +443,60 @@ fn a_fuse_share_is_polled_without_being_told() {
         appliance.began_and_ended("folder_away") == (1, 1)
     });
     assert_eq!(appliance.stop(), Some(0));
+}
+
+/// Files come as fast as they are worked on, and more of them wait than the queue holds: the rest is found by walks, which must get their turn while
+/// the others go on coming.
+#[test]
+fn a_stream_without_a_gap_leaves_no_file_behind() {
+    const AHEAD: i64 = 300;
+    const EARLY: i64 = 2500;
+    let broker = Mosquitto::start();
+    let mut appliance = Appliance::toy(&broker.url());
+    appliance.set("SCANSENTRY__LIMITS__QUEUE", "16");
+    appliance.start();
+    let ledger = || Connection::open(appliance.state().join(DATABASE)).unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let (ledger, mut fed) = (ledger(), 0);
+            let worked_on = "SELECT coalesce(max(value), 0) FROM counter WHERE name = 'classified'";
+            while !done.load(Ordering::Relaxed) {
+                let worked_on: i64 = ledger.query_row(worked_on, [], |row| row.get(0)).unwrap();
+                if fed < worked_on + AHEAD {
+                    appliance.rename_in(&format!("{fed:06}.png"), &numbered(fed as usize));
+                    fed += 1;
+                }
+            }
+        });
+        let ledger = ledger();
+        let early = "SELECT count(*) FROM file JOIN scan USING (scan_id) WHERE done_at IS NOT NULL AND path < ?1";
+        let start = Instant::now();
+        let mut have = 0;
+        // The stream ends in any case, or the test would not.
+        while have < EARLY && start.elapsed() < PATIENCE {
+            let before = format!("{EARLY:06}").into_bytes();
+            have = ledger.query_row(early, [before], |row| row.get(0)).unwrap();
+            pause(Duration::from_millis(50));
+        }
+        done.store(true, Ordering::Relaxed);
+        assert_eq!(have, EARLY, "of the first, while others come");
+    });
+    assert_eq!(appliance.stop(), Some(0));
+}
+
+#[test]
+fn a_file_that_is_renamed_in_is_looked_at_once() {
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let mut appliance = Appliance::toy(&broker.url());
+    appliance.start();
+    for number in 0..5 {
+        appliance.rename_in(&format!("{number}.png"), &numbered(number));
+        subscriber.wait_for_scans(number + 1);
+    }
+    // Longer than a file has to be quiet.
+    pause(Duration::from_secs(1));
+    let again = "these bytes have their outcome already";
+    assert_eq!(appliance.log().matches(again).count(), 0);
 }
