@@ -111,7 +111,6 @@ fn step(store: &Store, number: u64) {
 
 /// What lay on the disk after each answered step.
 struct Recording {
-    folder: tempfile::TempDir,
     /// The database as it was all along: nothing has been moved into it.
     database: Vec<u8>,
     wal: Vec<u8>,
@@ -122,7 +121,7 @@ struct Recording {
 impl Recording {
     fn make(steps: u64) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let Opened { store, .. } = Store::open(folder.path()).unwrap();
+        let Opened { store, thread, .. } = Store::open(folder.path()).unwrap();
         let path = folder.path().join(DATABASE);
         let wal_path = folder.path().join(format!("{DATABASE}-wal"));
         // In a copy: a reader beside would be one more connection, which could move the log into the database.
@@ -138,12 +137,15 @@ impl Recording {
             step(&store, number);
             answered.push(look());
         }
-        Self {
+        let recording = Self {
             database: std::fs::read(&path).unwrap(),
             wal: std::fs::read(&wal_path).unwrap(),
-            folder,
             answered,
-        }
+        };
+        // It closes the database in this folder, in its own time.
+        drop(store);
+        thread.join().unwrap();
+        recording
     }
 
     /// What must be there when the first `length` bytes of the log are.
@@ -237,7 +239,8 @@ fn a_checkpoint_cut_half_way_loses_nothing() {
     let (database, wal) = (&recording.database, &recording.wal);
     let expected = &recording.answered.last().unwrap().1;
     // What the finished checkpoint leaves.
-    let path = lay(recording.folder.path(), database, wal);
+    let folder = tempfile::tempdir().unwrap();
+    let path = lay(folder.path(), database, wal);
     let conn = Connection::open(&path).unwrap();
     conn.query_row("PRAGMA wal_checkpoint(FULL)", [], |_| Ok(()))
         .unwrap();
