@@ -8,20 +8,34 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rumqttc::{TlsConfiguration, Transport, v5};
 use tokio::sync::mpsc;
+use tokio_rustls::rustls::client::danger::{
+    HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier,
+};
+use tokio_rustls::rustls::crypto::{
+    CryptoProvider, verify_tls12_signature, verify_tls13_signature,
+};
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio_rustls::rustls::{self, ClientConfig, RootCertStore};
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use tokio_rustls::rustls::{
+    self, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::config::{BrokerAddress, Mqtt};
 
 /// Largest packet in or out; far above any message of ours.
 const MAX_PACKET: usize = 1 << 20;
+
+/// Bytes of incoming messages that may wait to be taken. With QoS 1 no broker that keeps to its window comes near it.
+const MAX_WAITING: usize = 32 << 20;
+
+/// Longest reason for a lost connection, characters: the broker may have a say in it.
+const LONGEST_REASON: usize = 200;
 
 /// Requests queued inside the client besides the messages in flight: status, health, subscriptions, disconnect.
 const SPARE_REQUESTS: usize = 16;
@@ -145,6 +159,30 @@ fn unreadable(key: &str, path: &str, error: &dyn std::fmt::Display) -> SettingsE
 }
 
 fn tls_config(mqtt: &Mqtt) -> Result<ClientConfig, SettingsError> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .expect("ring supports the default protocol versions");
+    let builder = if mqtt.insecure {
+        builder
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
+    } else {
+        builder.with_root_certificates(roots(mqtt)?)
+    };
+    if mqtt.cert_file.is_empty() {
+        return Ok(builder.with_no_client_auth());
+    }
+    let chain = certificates("cert_file", &mqtt.cert_file)?;
+    let key = PrivateKeyDer::from_pem_file(Path::new(&mqtt.key_file))
+        .map_err(|e| unreadable("key_file", &mqtt.key_file, &e))?;
+    builder
+        .with_client_auth_cert(chain, key)
+        .map_err(|e| unreadable("cert_file", &mqtt.cert_file, &e))
+}
+
+/// The authorities that may vouch for the broker.
+fn roots(mqtt: &Mqtt) -> Result<RootCertStore, SettingsError> {
     let mut roots = RootCertStore::empty();
     if mqtt.ca_file.is_empty() {
         let found = rustls_native_certs::load_native_certs();
@@ -159,20 +197,48 @@ fn tls_config(mqtt: &Mqtt) -> Result<ClientConfig, SettingsError> {
                 .map_err(|e| unreadable("ca_file", &mqtt.ca_file, &e))?;
         }
     }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .expect("ring supports the default protocol versions")
-        .with_root_certificates(roots);
-    if mqtt.cert_file.is_empty() {
-        return Ok(builder.with_no_client_auth());
+    Ok(roots)
+}
+
+/// `mqtt.insecure`: every certificate is good. The handshake's signature is still checked, so whoever answers holds that certificate's key.
+#[derive(Debug)]
+struct AnyCertificate(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for AnyCertificate {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
     }
-    let chain = certificates("cert_file", &mqtt.cert_file)?;
-    let key = PrivateKeyDer::from_pem_file(Path::new(&mqtt.key_file))
-        .map_err(|e| unreadable("key_file", &mqtt.key_file, &e))?;
-    builder
-        .with_client_auth_cert(chain, key)
-        .map_err(|e| unreadable("cert_file", &mqtt.cert_file, &e))
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        verify_tls12_signature(message, certificate, signature, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        verify_tls13_signature(message, certificate, signature, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
 }
 
 fn certificates(key: &str, path: &str) -> Result<Vec<CertificateDer<'static>>, SettingsError> {
@@ -237,6 +303,50 @@ pub enum Event {
     Lost(String),
 }
 
+impl Event {
+    /// Bytes that it holds, if it is a message; else 0.
+    fn size(&self) -> usize {
+        match self {
+            Self::Message { topic, payload, .. } => size_of::<Self>() + topic.len() + payload.len(),
+            _ => 0,
+        }
+    }
+}
+
+/// Where a connection's events go.
+struct Events {
+    queue: mpsc::UnboundedSender<Event>,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl Events {
+    /// Hands an event over; `false` when there can be no more. A message for which there is no room is dropped, or ends the connection
+    /// where the broker is told what has arrived.
+    fn hand_over(&self, event: Event) -> bool {
+        let size = event.size();
+        let room = self.waiting.fetch_add(size, Ordering::Relaxed) + size <= MAX_WAITING;
+        let event = match event {
+            Event::Message { receipt, .. } if !room => {
+                self.waiting.fetch_sub(size, Ordering::Relaxed);
+                if receipt.is_none() {
+                    return true;
+                }
+                Event::Lost("the broker sends more at once than it may".into())
+            }
+            event => event,
+        };
+        let last = matches!(event, Event::Lost(_));
+        self.queue.send(event).is_ok() && !last
+    }
+}
+
+/// Why a connection was lost, in one short line.
+fn reason(error: &impl std::fmt::Display) -> String {
+    let text = error.to_string();
+    let plain = text.chars().map(|c| if c.is_control() { ' ' } else { c });
+    plain.take(LONGEST_REASON).collect()
+}
+
 /// The session is gone.
 #[derive(Debug, thiserror::Error)]
 #[error("connection to the broker is gone")]
@@ -251,6 +361,7 @@ enum Client {
 pub struct Session {
     client: Client,
     events: mpsc::UnboundedReceiver<Event>,
+    waiting: Arc<AtomicUsize>,
     next: Ticket,
     refused: Arc<AtomicBool>,
     // Polls the event loop; ends with the session.
@@ -261,8 +372,13 @@ impl Session {
     /// Begins to connect; [`Event::Connected`] or [`Event::Lost`] comes first.
     pub fn open(settings: &Settings) -> Self {
         // Unbounded, because a bounded channel could stop the poller while this side waits for the poller. What can gather is bounded all
-        // the same: acknowledgements by the messages in flight, and incoming messages by QoS 1 and the broker's own window.
-        let (events_tx, events) = mpsc::unbounded_channel();
+        // the same: acknowledgements by the messages in flight, and incoming messages by `MAX_WAITING`.
+        let (queue, events) = mpsc::unbounded_channel();
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let events_tx = Events {
+            queue,
+            waiting: waiting.clone(),
+        };
         let refused = Arc::new(AtomicBool::new(false));
         let receipts = settings.persistent.map_or(0, |_| RECEIVE_MAXIMUM);
         let requests = usize::from(settings.inflight) + usize::from(receipts) + SPARE_REQUESTS;
@@ -361,6 +477,7 @@ impl Session {
         Self {
             client,
             events,
+            waiting,
             next: 0,
             refused,
             _poller: AbortOnDropHandle::new(poller),
@@ -369,15 +486,21 @@ impl Session {
 
     /// The next event. After [`Event::Lost`] there is none.
     pub async fn next(&mut self) -> Event {
-        self.events
-            .recv()
-            .await
+        let event = self.events.recv().await;
+        self.taken(event)
             .unwrap_or_else(|| Event::Lost("the connection has ended".into()))
     }
 
     /// An event that is already there.
     pub fn try_next(&mut self) -> Option<Event> {
-        self.events.try_recv().ok()
+        let event = self.events.try_recv().ok();
+        self.taken(event)
+    }
+
+    fn taken(&self, event: Option<Event>) -> Option<Event> {
+        let size = event.as_ref().map_or(0, Event::size);
+        self.waiting.fetch_sub(size, Ordering::Relaxed);
+        event
     }
 
     /// Queues a message with QoS 1. The caller keeps the number of unacknowledged messages at or below `mqtt.inflight`.
@@ -506,7 +629,7 @@ fn refuse_subscription(refused: &AtomicBool, reason: &str) {
 
 async fn poll_v4(
     mut event_loop: rumqttc::EventLoop,
-    events: mpsc::UnboundedSender<Event>,
+    events: Events,
     receipts: bool,
     refused: Arc<AtomicBool>,
 ) {
@@ -537,10 +660,9 @@ async fn poll_v4(
             }
             Ok(E::Outgoing(Outgoing::Disconnect)) => Event::Lost("closed".into()),
             Ok(_) => continue,
-            Err(error) => Event::Lost(error.to_string()),
+            Err(error) => Event::Lost(reason(&error)),
         };
-        let last = matches!(event, Event::Lost(_));
-        if events.send(event).is_err() || last {
+        if !events.hand_over(event) {
             return;
         }
     }
@@ -548,7 +670,7 @@ async fn poll_v4(
 
 async fn poll_v5(
     mut event_loop: v5::EventLoop,
-    events: mpsc::UnboundedSender<Event>,
+    events: Events,
     receipts: bool,
     refused: Arc<AtomicBool>,
 ) {
@@ -586,10 +708,9 @@ async fn poll_v5(
             }
             Ok(E::Outgoing(Outgoing::Disconnect)) => Event::Lost("closed".into()),
             Ok(_) => continue,
-            Err(error) => Event::Lost(error.to_string()),
+            Err(error) => Event::Lost(reason(&error)),
         };
-        let last = matches!(event, Event::Lost(_));
-        if events.send(event).is_err() || last {
+        if !events.hand_over(event) {
             return;
         }
     }

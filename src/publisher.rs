@@ -20,11 +20,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{Health as HealthConfig, HomeAssistant, Mqtt};
 use crate::failpoint;
-use crate::health::{Condition, Conditions, Health};
+use crate::health::{self, Condition, Conditions, Health};
 use crate::home_assistant;
 use crate::message::{
-    self, Backlog, COMMAND_TOPIC, ConditionMessage, HealthMessage, Kind, Received, Reporter,
-    rfc3339,
+    self, Backlog, COMMAND_TOPIC, ConditionMessage, ErrorMessage, HealthMessage, Kind, Received,
+    Reporter, rfc3339,
 };
 use crate::mqtt::{Backoff, Event, Gone, Sending, Session, Settings, Ticket};
 use crate::preview::Inlet;
@@ -318,9 +318,6 @@ impl<'a> Connection<'a> {
                 let now = conditions.borrow_and_update().clone();
                 self.publish_health(now).await?;
             }
-            if std::mem::take(&mut self.due.description) {
-                self.publish_description().await?;
-            }
             if let Some(until) = drain_until
                 && ((self.in_flight.is_empty() && self.unconfirmed.is_empty() && !self.more)
                     || until <= Instant::now())
@@ -340,6 +337,10 @@ impl<'a> Connection<'a> {
                 }
                 _ = overdue_tick.tick() => {
                     self.check_overdue(ack_timeout)?;
+                    // Here, so that a flood of birth messages is answered once a second.
+                    if std::mem::take(&mut self.due.description) {
+                        self.publish_description().await?;
+                    }
                     if !self.unconfirmed.is_empty() {
                         self.confirm().await?;
                     }
@@ -603,23 +604,10 @@ impl<'a> Connection<'a> {
             device: &reporter.sender.device,
             site: &reporter.sender.site,
             at: rfc3339(jiff::Timestamp::now()),
-            state: if conditions.is_empty() {
-                "ok"
-            } else {
-                "degraded"
-            },
-            conditions: conditions
-                .into_iter()
-                .map(|(condition, (since, message))| ConditionMessage {
-                    code: condition.code(),
-                    since: rfc3339(since),
-                    message,
-                })
-                .collect(),
-            backlog: Backlog {
-                files: self.publisher.backlog.load(Ordering::Relaxed),
-                messages: counts.outbox,
-            },
+            state: message::state_word(&conditions),
+            conditions: ConditionMessage::list(&conditions),
+            backlog: Backlog::new(self.publisher.backlog.load(Ordering::Relaxed), &counts),
+            last_error: health::last_error().map(ErrorMessage::from),
             open_alerts,
             counts,
             previews: self.previews.as_ref().map(|previews| previews.counts()),

@@ -43,6 +43,9 @@ pub use state_dir::{StateDir, free_bytes};
 /// File name of the database inside the state directory.
 pub const DATABASE: &str = "ledger.sqlite3";
 
+/// The ledger's note of what the daemon last said of itself.
+pub const STANDING: &str = "standing";
+
 /// Left beside a database in which damage was found while it was in use; the next start sets it aside.
 const DAMAGED: &str = "ledger.damaged";
 

@@ -414,7 +414,7 @@ fn login_and_client_certificate_come_from_the_config() {
     subscriber.wait_for_scans(2);
 }
 
-fn run(program: &str, arguments: &[&str]) {
+pub fn run(program: &str, arguments: &[&str]) {
     let output = std::process::Command::new(program).args(arguments).output();
     let output =
         output.unwrap_or_else(|e| panic!("{program} does not start ({e}); run `make setup`"));
@@ -426,7 +426,7 @@ fn run(program: &str, arguments: &[&str]) {
 }
 
 /// Two authorities, and a server and a client certificate of the first.
-fn certificates(folder: &Path) {
+pub fn certificates(folder: &Path) {
     let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
     let key = [
         "-newkey",
