@@ -224,10 +224,10 @@ mod tests {
     }
 
     #[test]
-    fn every_condition_has_its_section_and_its_place_in_the_schema() {
-        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
+    fn every_condition_has_its_section() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/degraded.md");
         let codes: Vec<_> = Condition::ALL.map(Condition::code).into();
-        let page = std::fs::read_to_string(root.join("degraded.md")).unwrap();
+        let page = std::fs::read_to_string(path).unwrap();
         let title = |line: &str| {
             line.strip_prefix("## `")?
                 .strip_suffix('`')
@@ -240,9 +240,5 @@ mod tests {
                 assert_eq!(section.matches(part).count(), 1, "{part} in {section}");
             }
         }
-        let schema = std::fs::read(root.join("mqtt/health.schema.json")).unwrap();
-        let schema: serde_json::Value = serde_json::from_slice(&schema).unwrap();
-        let listed = &schema["properties"]["conditions"]["items"]["properties"]["code"]["enum"];
-        assert_eq!(listed, &serde_json::json!(codes));
     }
 }
