@@ -299,6 +299,7 @@ pub struct Mqtt {
     pub ca_file: String,
     pub cert_file: String,
     pub key_file: String,
+    pub insecure: bool,
     pub keep_alive_s: u64,
     pub connect_timeout_s: u64,
     pub ack_timeout_s: u64,
@@ -528,6 +529,29 @@ impl Mqtt {
             tls,
         })
     }
+
+    /// What works and is not safe, one line each: said at every start, by `check` and by `status`.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        if self.insecure {
+            lines.push("mqtt.insecure: true, so anyone on the way can pose as the broker and read everything; set mqtt.ca_file instead".to_owned());
+        }
+        let in_the_clear = |address: &BrokerAddress| !address.tls && !address.is_loopback();
+        if !self.username.is_empty() && self.address().is_ok_and(|a| in_the_clear(&a)) {
+            lines.push("mqtt.username: is sent in the clear over mqtt://, with its password and all results; write mqtts://".to_owned());
+        }
+        lines
+    }
+}
+
+impl BrokerAddress {
+    /// Whether what is sent there never leaves this machine.
+    fn is_loopback(&self) -> bool {
+        let ip = self.host.parse::<std::net::IpAddr>();
+        ip.map_or(self.host.eq_ignore_ascii_case("localhost"), |ip| {
+            ip.is_loopback()
+        })
+    }
 }
 
 /// Everything that is wrong with a configuration; each entry is one line `what: value; hint`.
@@ -685,6 +709,15 @@ impl Config {
                     "mqtt.{key}: is set but mqtt.url is not encrypted; write mqtts://"
                 ));
             }
+        }
+        if self.mqtt.insecure && !tls {
+            fail(
+                "mqtt.insecure: true, but mqtt.url is not encrypted; it goes with mqtts:// only"
+                    .into(),
+            );
+        }
+        if self.mqtt.insecure && !self.mqtt.ca_file.is_empty() {
+            fail("mqtt.insecure: true, and mqtt.ca_file is set; the one is for not checking the broker's certificate, the other for checking it".into());
         }
         if self
             .log
@@ -1350,6 +1383,57 @@ mod tests {
             "mqtt://a/b",
         ] {
             assert!(address(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_safe_is_said_or_refused() {
+        for (url, more, warned, refused) in [
+            ("mqtts://broker.example", "", "", ""),
+            (
+                "mqtts://broker.example",
+                "insecure = true",
+                "mqtt.insecure: true",
+                "",
+            ),
+            (
+                "mqtt://broker.example",
+                "insecure = true",
+                "",
+                "mqtts:// only",
+            ),
+            (
+                "mqtts://broker.example",
+                "insecure = true\nca_file = '/ca.pem'",
+                "",
+                "mqtt.ca_file is set",
+            ),
+            ("mqtt://broker.example", "", "", ""),
+            ("mqtts://broker.example", "username = 'a'", "", ""),
+            ("mqtt://localhost", "username = 'a'", "", ""),
+            ("mqtt://127.0.0.1", "username = 'a'", "", ""),
+            ("mqtt://[::1]", "username = 'a'", "", ""),
+            (
+                "mqtt://broker.example",
+                "username = 'a'",
+                "in the clear",
+                "",
+            ),
+            ("mqtt://192.0.2.7", "username = 'a'", "in the clear", ""),
+        ] {
+            let loaded = load_text(&format!("[mqtt]\nurl = '{url}'\n{more}\n"), &[]);
+            let (warnings, problems) = match loaded {
+                Ok(config) => (config.mqtt.warnings().join("\n"), String::new()),
+                Err(problems) => (String::new(), problems.to_string()),
+            };
+            for (found, expected) in [(warnings, warned), (problems, refused)] {
+                assert!(found.contains(expected), "{url} {more}: {found}");
+                assert_eq!(
+                    found.is_empty(),
+                    expected.is_empty(),
+                    "{url} {more}: {found}"
+                );
+            }
         }
     }
 

@@ -10,6 +10,7 @@
 
 pub mod bundles;
 mod probes;
+mod standing;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -41,6 +42,7 @@ use crate::studies::Studies;
 use crate::{systemd, watch};
 use bundles::{Candidate, Found};
 use probes::Answers;
+use standing::Standing;
 
 /// Wait between tries to get the web server's port.
 const BIND_AGAIN: Duration = Duration::from_secs(10);
@@ -259,6 +261,9 @@ pub async fn run(
     // What this process writes, above all the ledger with its paths, is for its own user.
     systemd::starting();
     rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
+    for line in config.mqtt.warnings() {
+        tracing::warn!("{line}");
+    }
     let state = StateDir::open(&config.state.dir)
         .context(format!("state.dir: {}", config.state.dir.display()))?;
     let Opened {
@@ -445,6 +450,9 @@ pub async fn run(
         let (store, health, backlog) = (store.clone(), health.clone(), backlog.clone());
         tokio::spawn(pulse(board, silence, store, health, backlog))
     });
+    let standing = Standing::begin(store.clone(), health.clone(), backlog.clone()).await;
+    let stop_standing = CancellationToken::new();
+    let noting = tokio::spawn(standing.keep(stop_standing.clone()));
     let publisher = Publisher {
         settings,
         mqtt: config.mqtt.clone(),
@@ -508,6 +516,8 @@ pub async fn run(
     )
     .await;
     finish(serving, FINISH).await;
+    stop_standing.cancel();
+    finish(noting, FINISH).await;
     if let Some(pulse) = pulse {
         // It holds the store.
         pulse.abort();

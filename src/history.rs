@@ -359,6 +359,12 @@ fn health(payload: &[u8], now_ms: i64) -> Result<Body, Unusable> {
         return Err(Unusable::Payload);
     }
     payload["conditions"] = conditions(&payload["conditions"]);
+    if !(payload["last_error"]["at"].is_string() && payload["last_error"]["message"].is_string()) {
+        payload["last_error"] = Value::Null;
+    }
+    if !payload["backlog"]["oldest"].is_string() {
+        payload["backlog"]["oldest"] = Value::Null;
+    }
     Ok(Body::Health(HealthSeen {
         at_ms: milliseconds(&health.at, now_ms)?,
         files: health.backlog.files.min(MAX_COUNT),

@@ -40,6 +40,9 @@ use crate::scan::{Pseudonym, PseudonymKey, sha256};
 /// How long a request's header may take.
 const HEADER_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long a client may leave what was sent to it unread: the system drops its connection then.
+const WRITE_PATIENCE: Duration = Duration::from_secs(30);
+
 /// Shortest access token, characters.
 const SHORTEST_TOKEN: usize = 16;
 
@@ -170,6 +173,7 @@ impl Settings {
                 forgery: PseudonymKey::new(secret)
                     .pseudonym("forgery", &[])
                     .to_string(),
+                wrong: tokio::sync::Mutex::default(),
             }),
         })
     }
@@ -236,6 +240,8 @@ impl Server {
                 continue;
             };
             let _ = stream.set_nodelay(true);
+            let patience = WRITE_PATIENCE.as_millis() as u32;
+            let _ = rustix::net::sockopt::set_tcp_user_timeout(&stream, patience);
             let (router, stop) = (router.clone(), stop.clone());
             tokio::spawn(async move {
                 let service = TowerToHyperService::new(router);

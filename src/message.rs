@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::health::{Condition, Conditions, LastError};
 use crate::imaging::decode::{DecodeNote, SourceKind};
 use crate::imaging::quality::{Quality, QualityFlag};
 use crate::prediction::{
@@ -401,6 +402,8 @@ pub struct HealthMessage<'a> {
     pub conditions: Vec<ConditionMessage>,
     /// Files waiting and messages waiting.
     pub backlog: Backlog,
+    /// The latest error; `None` when there was none.
+    pub last_error: Option<ErrorMessage>,
     /// Alerts that are raised and not closed.
     pub open_alerts: u64,
     /// Totals of the ledger.
@@ -635,13 +638,86 @@ pub struct ConditionMessage {
     pub message: String,
 }
 
+impl ConditionMessage {
+    /// The conditions that hold.
+    pub fn list(conditions: &Conditions) -> Vec<Self> {
+        let message = |(condition, (since, message)): (&Condition, &(_, String))| Self {
+            code: condition.code(),
+            since: rfc3339(*since),
+            message: message.clone(),
+        };
+        conditions.iter().map(message).collect()
+    }
+}
+
+/// `ok` or `degraded`.
+pub fn state_word(conditions: &Conditions) -> &'static str {
+    if conditions.is_empty() {
+        "ok"
+    } else {
+        "degraded"
+    }
+}
+
+/// An error or the beginning of a condition, as it was logged.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ErrorMessage {
+    /// When, UTC.
+    pub at: String,
+    /// One line.
+    pub message: String,
+}
+
+impl From<LastError> for ErrorMessage {
+    fn from(LastError { at, message }: LastError) -> Self {
+        Self {
+            at: rfc3339(at),
+            message,
+        }
+    }
+}
+
+/// What the daemon last said of itself, kept in the ledger for `status`; the names are those of [`HealthMessage`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct StandingNote {
+    /// When, UTC.
+    pub at: String,
+    /// When the daemon started, UTC.
+    pub started_at: String,
+    /// When it was stopped in order, UTC.
+    pub stopped_at: Option<String>,
+    /// Version of the program.
+    pub version: &'static str,
+    /// `ok` or `degraded`.
+    pub state: &'static str,
+    /// Why degraded.
+    pub conditions: Vec<ConditionMessage>,
+    /// Files noticed and not finished.
+    pub files: u64,
+    /// The latest error.
+    pub last_error: Option<ErrorMessage>,
+}
+
 /// What waits.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Backlog {
     /// Files noticed and not finished (the folder may hold more that were not looked at yet).
     pub files: u64,
     /// Messages that the broker has not acknowledged.
     pub messages: u64,
+    /// When the oldest of these was recorded, UTC.
+    pub oldest: Option<String>,
+}
+
+impl Backlog {
+    /// So many files, and the messages that the ledger counts.
+    pub fn new(files: u64, counts: &Counts) -> Self {
+        Self {
+            files,
+            messages: counts.outbox,
+            oldest: counts.oldest_outbox.map(rfc3339_seconds),
+        }
+    }
 }
 
 /// A study as the ledger has it.

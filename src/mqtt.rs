@@ -10,14 +10,22 @@ mod lost;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rumqttc::{TlsConfiguration, Transport, v5};
 use tokio::sync::mpsc;
+use tokio_rustls::rustls::client::danger::{
+    HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier,
+};
+use tokio_rustls::rustls::crypto::{
+    CryptoProvider, verify_tls12_signature, verify_tls13_signature,
+};
 use tokio_rustls::rustls::pki_types::pem::PemObject as _;
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio_rustls::rustls::{self, ClientConfig, RootCertStore};
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use tokio_rustls::rustls::{
+    self, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
+};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::config::{BrokerAddress, Mqtt};
@@ -26,6 +34,9 @@ pub use lost::{Lost, Refusal};
 
 /// Largest packet in or out; far above any message of ours.
 const MAX_PACKET: usize = 1 << 20;
+
+/// Bytes of incoming messages that may wait to be taken. With QoS 1 no broker that keeps to its window comes near it.
+const MAX_WAITING: usize = 32 << 20;
 
 /// Requests queued inside the client besides the messages in flight: status, health, subscriptions, disconnect.
 const SPARE_REQUESTS: usize = 16;
@@ -149,6 +160,30 @@ fn unreadable(key: &str, path: &str, error: &dyn std::fmt::Display) -> SettingsE
 }
 
 fn tls_config(mqtt: &Mqtt) -> Result<ClientConfig, SettingsError> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .expect("ring supports the default protocol versions");
+    let builder = if mqtt.insecure {
+        builder
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
+    } else {
+        builder.with_root_certificates(roots(mqtt)?)
+    };
+    if mqtt.cert_file.is_empty() {
+        return Ok(builder.with_no_client_auth());
+    }
+    let chain = certificates("cert_file", &mqtt.cert_file)?;
+    let key = PrivateKeyDer::from_pem_file(Path::new(&mqtt.key_file))
+        .map_err(|e| unreadable("key_file", &mqtt.key_file, &e))?;
+    builder
+        .with_client_auth_cert(chain, key)
+        .map_err(|e| unreadable("cert_file", &mqtt.cert_file, &e))
+}
+
+/// The authorities that may vouch for the broker.
+fn roots(mqtt: &Mqtt) -> Result<RootCertStore, SettingsError> {
     let mut roots = RootCertStore::empty();
     if mqtt.ca_file.is_empty() {
         let found = rustls_native_certs::load_native_certs();
@@ -163,20 +198,48 @@ fn tls_config(mqtt: &Mqtt) -> Result<ClientConfig, SettingsError> {
                 .map_err(|e| unreadable("ca_file", &mqtt.ca_file, &e))?;
         }
     }
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .expect("ring supports the default protocol versions")
-        .with_root_certificates(roots);
-    if mqtt.cert_file.is_empty() {
-        return Ok(builder.with_no_client_auth());
+    Ok(roots)
+}
+
+/// `mqtt.insecure`: every certificate is good. The handshake's signature is still checked, so whoever answers holds that certificate's key.
+#[derive(Debug)]
+struct AnyCertificate(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for AnyCertificate {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
     }
-    let chain = certificates("cert_file", &mqtt.cert_file)?;
-    let key = PrivateKeyDer::from_pem_file(Path::new(&mqtt.key_file))
-        .map_err(|e| unreadable("key_file", &mqtt.key_file, &e))?;
-    builder
-        .with_client_auth_cert(chain, key)
-        .map_err(|e| unreadable("cert_file", &mqtt.cert_file, &e))
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        verify_tls12_signature(message, certificate, signature, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let algorithms = &self.0.signature_verification_algorithms;
+        verify_tls13_signature(message, certificate, signature, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
 }
 
 fn certificates(key: &str, path: &str) -> Result<Vec<CertificateDer<'static>>, SettingsError> {
@@ -241,6 +304,43 @@ pub enum Event {
     Lost(Lost),
 }
 
+impl Event {
+    /// Bytes that it holds, if it is a message; else 0.
+    fn size(&self) -> usize {
+        match self {
+            Self::Message { topic, payload, .. } => size_of::<Self>() + topic.len() + payload.len(),
+            _ => 0,
+        }
+    }
+}
+
+/// Where a connection's events go.
+struct Events {
+    queue: mpsc::UnboundedSender<Event>,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl Events {
+    /// Hands an event over; `false` when there can be no more. A message for which there is no room is dropped, or ends the connection
+    /// where the broker is told what has arrived.
+    fn hand_over(&self, event: Event) -> bool {
+        let size = event.size();
+        let room = self.waiting.fetch_add(size, Ordering::Relaxed) + size <= MAX_WAITING;
+        let event = match event {
+            Event::Message { receipt, .. } if !room => {
+                self.waiting.fetch_sub(size, Ordering::Relaxed);
+                if receipt.is_none() {
+                    return true;
+                }
+                Event::Lost("the broker sends more at once than it may".into())
+            }
+            event => event,
+        };
+        let last = matches!(event, Event::Lost(_));
+        self.queue.send(event).is_ok() && !last
+    }
+}
+
 /// The session is gone.
 #[derive(Debug, thiserror::Error)]
 #[error("connection to the broker is gone")]
@@ -277,6 +377,7 @@ enum Client {
 pub struct Session {
     client: Client,
     events: mpsc::UnboundedReceiver<Event>,
+    waiting: Arc<AtomicUsize>,
     next: Ticket,
     said: Arc<Said>,
     // Polls the event loop; ends with the session.
@@ -287,8 +388,13 @@ impl Session {
     /// Begins to connect; [`Event::Connected`] or [`Event::Lost`] comes first.
     pub fn open(settings: &Settings) -> Self {
         // Unbounded, because a bounded channel could stop the poller while this side waits for the poller. What can gather is bounded all
-        // the same: acknowledgements by the messages in flight, and incoming messages by QoS 1 and the broker's own window.
-        let (events_tx, events) = mpsc::unbounded_channel();
+        // the same: acknowledgements by the messages in flight, and incoming messages by `MAX_WAITING`.
+        let (queue, events) = mpsc::unbounded_channel();
+        let waiting = Arc::new(AtomicUsize::new(0));
+        let events_tx = Events {
+            queue,
+            waiting: waiting.clone(),
+        };
         let said = Arc::new(Said {
             subscription_refused: AtomicBool::new(false),
             max_packet: AtomicU32::new(u32::MAX),
@@ -390,6 +496,7 @@ impl Session {
         Self {
             client,
             events,
+            waiting,
             next: 0,
             said,
             _poller: AbortOnDropHandle::new(poller),
@@ -398,15 +505,26 @@ impl Session {
 
     /// The next event. After [`Event::Lost`] there is none.
     pub async fn next(&mut self) -> Event {
-        self.events
-            .recv()
-            .await
+        let event = self.events.recv().await;
+        self.taken(event)
             .unwrap_or_else(|| Event::Lost("the connection has ended".into()))
     }
 
     /// An event that is already there.
     pub fn try_next(&mut self) -> Option<Event> {
-        self.events.try_recv().ok()
+        let event = self.events.try_recv().ok();
+        self.taken(event)
+    }
+
+    fn taken(&self, event: Option<Event>) -> Option<Event> {
+        let size = event.as_ref().map_or(0, Event::size);
+        self.waiting.fetch_sub(size, Ordering::Relaxed);
+        event
+    }
+
+    /// Bytes of the largest packet that the broker takes, as far as it has said.
+    pub fn limit(&self) -> usize {
+        self.said.max_packet.load(Ordering::Relaxed) as usize
     }
 
     /// Queues a message with QoS 1. The caller keeps the number of unacknowledged messages at or below `mqtt.inflight`.
@@ -437,7 +555,7 @@ impl Session {
                     v5::mqttbytes::v5::Publish::new(topic, qos, payload, Some(properties.clone()));
                 // Two bytes more: it has no packet identifier yet.
                 let bytes = message.size() + 2;
-                let limit = self.said.max_packet.load(Ordering::Relaxed) as usize;
+                let limit = self.limit();
                 if bytes > limit {
                     return Err(Unsent::TooLarge { limit });
                 }
@@ -538,7 +656,7 @@ fn refuse_subscription(said: &Said, reason: &str) {
 
 async fn poll_v4(
     mut event_loop: rumqttc::EventLoop,
-    events: mpsc::UnboundedSender<Event>,
+    events: Events,
     receipts: bool,
     said: Arc<Said>,
 ) {
@@ -575,19 +693,13 @@ async fn poll_v4(
             Ok(_) => continue,
             Err(error) => Event::Lost(Lost::v4(&error, connected)),
         };
-        let last = matches!(event, Event::Lost(_));
-        if events.send(event).is_err() || last {
+        if !events.hand_over(event) {
             return;
         }
     }
 }
 
-async fn poll_v5(
-    mut event_loop: v5::EventLoop,
-    events: mpsc::UnboundedSender<Event>,
-    receipts: bool,
-    said: Arc<Said>,
-) {
+async fn poll_v5(mut event_loop: v5::EventLoop, events: Events, receipts: bool, said: Arc<Said>) {
     use rumqttc::Outgoing;
     use v5::Event as E;
     use v5::mqttbytes::v5::{Packet, PubAckReason, SubscribeReasonCode};
@@ -631,8 +743,7 @@ async fn poll_v5(
             Ok(_) => continue,
             Err(error) => Event::Lost(Lost::v5(&error, connected)),
         };
-        let last = matches!(event, Event::Lost(_));
-        if events.send(event).is_err() || last {
+        if !events.hand_over(event) {
             return;
         }
     }

@@ -10,7 +10,7 @@
 //! acknowledged but not yet confirmed in the ledger when the process died is sent once more, byte for byte, with the same `event_id`.
 //!
 //! A message that the broker does not take must not hold up the rest: [`suspicion`] finds it out, and it is parked in the ledger. At every
-//! start and once a day some of the parked ones come back, and each that is acknowledged then brings others.
+//! start, once a day and when the broker names a higher limit some of the parked ones come back, and each that is acknowledged then brings others.
 
 mod suspicion;
 
@@ -25,11 +25,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{Health as HealthConfig, HomeAssistant, Mqtt};
 use crate::failpoint;
-use crate::health::{Condition, Conditions, Health};
+use crate::health::{self, Condition, Conditions, Health};
 use crate::home_assistant;
 use crate::message::{
-    self, Backlog, COMMAND_TOPIC, ConditionMessage, HealthMessage, Kind, OutboxMessage, Received,
-    Reporter, rfc3339,
+    self, Backlog, COMMAND_TOPIC, ConditionMessage, ErrorMessage, HealthMessage, Kind,
+    OutboxMessage, Received, Reporter, rfc3339,
 };
 use crate::mqtt::{Backoff, Event, Gone, Lost, Sending, Session, Settings, Ticket, Unsent};
 use crate::preview::Inlet;
@@ -179,7 +179,7 @@ impl Publisher {
         }
     }
 
-    /// Brings some parked messages back, at the start and once a day: the broker's limits may have been raised.
+    /// Brings some parked messages back at the start, once a day, and when the broker's limit was raised.
     async fn scout(&self, outbox: &mut Outbox) {
         if outbox.scouted.is_none_or(|at| at.elapsed() >= SCOUTING) {
             outbox.scouted = Some(Instant::now());
@@ -244,6 +244,8 @@ struct Outbox {
     sent_now: i64,
     /// When parked messages were brought back.
     scouted: Option<Instant>,
+    /// The limit that messages were parked for, bytes, if the broker has named one.
+    limit: Option<usize>,
     /// Whether a message was parked that had stood in the way.
     got_on: bool,
 }
@@ -259,6 +261,7 @@ impl Outbox {
             sent_before,
             sent_now: sent_before,
             scouted: None,
+            limit: None,
             got_on: false,
         }
     }
@@ -409,6 +412,15 @@ impl<'a> Connection<'a> {
         }
         self.connected = Some(Instant::now());
         self.publisher.health.clear(Condition::BrokerAway);
+        if self
+            .outbox
+            .limit
+            .take_if(|limit| self.session.limit() > *limit)
+            .is_some()
+        {
+            self.outbox.scouted = None;
+            self.publisher.scout(self.outbox).await;
+        }
         tracing::info!(
             broker = self.publisher.settings.broker(),
             "connected to the broker"
@@ -443,9 +455,6 @@ impl<'a> Connection<'a> {
                     let now = conditions.borrow_and_update().clone();
                     self.publish_health(now).await?;
                 }
-                if std::mem::take(&mut self.due.description) {
-                    self.publish_description().await?;
-                }
             }
             if let Some(until) = drain_until
                 && ((self.settled() && !self.more) || until <= Instant::now())
@@ -459,6 +468,10 @@ impl<'a> Connection<'a> {
                 Ok(()) = conditions.changed() => self.due.health = true,
                 _ = overdue_tick.tick() => {
                     self.check_overdue(ack_timeout)?;
+                    // Here, so that a flood of birth messages is answered once a second.
+                    if self.others_may_be_sent() && std::mem::take(&mut self.due.description) {
+                        self.publish_description().await?;
+                    }
                     if !self.unconfirmed.is_empty() {
                         self.confirm().await?;
                     }
@@ -585,7 +598,10 @@ impl<'a> Connection<'a> {
                 self.in_flight.insert(ticket, Sent { seq, at, returned });
             }
             // The broker has named its limit; there is no doubt.
-            Err(too_large) => self.park(seq, too_large).await?,
+            Err(too_large) => {
+                self.outbox.limit = Some(self.session.limit());
+                self.park(seq, too_large).await?;
+            }
         }
         Ok(())
     }
@@ -876,23 +892,10 @@ impl<'a> Connection<'a> {
             device: &reporter.sender.device,
             site: &reporter.sender.site,
             at: rfc3339(jiff::Timestamp::now()),
-            state: if conditions.is_empty() {
-                "ok"
-            } else {
-                "degraded"
-            },
-            conditions: conditions
-                .into_iter()
-                .map(|(condition, (since, message))| ConditionMessage {
-                    code: condition.code(),
-                    since: rfc3339(since),
-                    message,
-                })
-                .collect(),
-            backlog: Backlog {
-                files: self.publisher.backlog.load(Ordering::Relaxed),
-                messages: counts.outbox,
-            },
+            state: message::state_word(&conditions),
+            conditions: ConditionMessage::list(&conditions),
+            backlog: Backlog::new(self.publisher.backlog.load(Ordering::Relaxed), &counts),
+            last_error: health::last_error().map(ErrorMessage::from),
             open_alerts,
             counts,
             previews: self.previews.as_ref().map(|previews| previews.counts()),

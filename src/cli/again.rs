@@ -120,7 +120,8 @@ pub(super) fn quarantine(global: &Global, verb: &QuarantineVerb) -> Result<(), F
 }
 
 fn list(global: &Global, json: bool) -> Result<(), Failure> {
-    let (ledger, folder) = open(global, Access::Read)?;
+    let (ledger, config) = open(global, Access::Read)?;
+    let folder = config.watch.folder;
     let mut out = std::io::stdout().lock();
     let unsaid = |e: std::io::Error| Failure::Runtime(format!("standard output: {e}"));
     for scan in ledger.rejected()? {
@@ -156,7 +157,8 @@ fn queue(global: &Global, selection: &Selection, how: &How) -> Result<(), Failur
     } else {
         Access::Queue
     };
-    let (mut ledger, folder) = open(global, access)?;
+    let (mut ledger, config) = open(global, access)?;
+    let folder = config.watch.folder;
     // Without it every file would count as gone.
     std::fs::read_dir(&folder).map_err(|e| {
         Failure::Runtime(format!(

@@ -23,6 +23,9 @@ pub(super) fn check(global: &Global, args: &CheckArgs) -> Result<(), Failure> {
     let files = Files::of(&config);
     // As the daemon sees the rest; and what its user put into the state directory is not root's to run.
     become_owner(&config.state.dir)?;
+    for line in config.mqtt.warnings() {
+        eprintln!("warning: {line}");
+    }
     let mut problems = Vec::new();
     folder_problem(&config, &mut problems);
     state_problem(&config.state.dir, &mut problems);

@@ -15,6 +15,9 @@ pub(super) fn dashboard(global: &Global) -> Result<(), Failure> {
     let config = global.load()?;
     telemetry::init(&config.log);
     telemetry::log_panics();
+    for line in config.mqtt.warnings() {
+        tracing::warn!("{line}");
+    }
     let name = name(&config);
     let mqtt = mqtt::Settings::new(&config.mqtt, &format!("scansentry-dashboard-{name}"));
     let web = http::Settings::new(&config.http);

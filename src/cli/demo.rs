@@ -63,7 +63,7 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
     config.dashboard.enabled = true;
     config.http.listen = format!("127.0.0.1:{}", args.http_port);
     config.preview.enabled = true;
-    config.log.level = "warn,rumqttd=off".into();
+    config.log.level = "warn".into();
     config.log.format = LogFormat::Text;
     telemetry::init(&config.log);
     std::fs::create_dir_all(&config.watch.folder)

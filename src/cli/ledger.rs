@@ -3,18 +3,22 @@
 use std::collections::BTreeMap;
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Failure, Global, become_owner};
-use crate::message::rfc3339_seconds;
+use crate::config::Config;
+use crate::message::{Backlog, Counts};
 use crate::scan::ScanId;
-use crate::store::{DATABASE, Ledger};
+use crate::store::{DATABASE, Ledger, STANDING, StateDir};
 
 #[derive(Debug, Args)]
 pub(super) struct StatusArgs {
     /// One JSON object instead of lines for people
     #[arg(long)]
     json: bool,
+    /// Exit 1 unless the daemon runs and is not degraded
+    #[arg(long)]
+    check: bool,
 }
 
 #[derive(Debug, Args)]
@@ -32,11 +36,8 @@ pub(super) enum Access {
     Queue,
 }
 
-/// The ledger, beside a daemon or without one, and the export folder.
-pub(super) fn open(
-    global: &Global,
-    access: Access,
-) -> Result<(Ledger, std::path::PathBuf), Failure> {
+/// The ledger, beside a daemon or without one, and the configuration.
+pub(super) fn open(global: &Global, access: Access) -> Result<(Ledger, Config), Failure> {
     let config = global.load()?;
     become_owner(&config.state.dir)?;
     let path = config.state.dir.join(DATABASE);
@@ -57,7 +58,7 @@ pub(super) fn open(
             config.state.dir.display()
         ))
     })?;
-    Ok((ledger, config.watch.folder))
+    Ok((ledger, config))
 }
 
 /// A path for people; a scanner chose it, so it could hold line ends and orders to a terminal.
@@ -73,58 +74,191 @@ pub(super) fn printable(path: &std::path::Path) -> String {
     text
 }
 
-pub(super) fn status(global: &Global, args: &StatusArgs) -> Result<(), Failure> {
-    let (ledger, _) = open(global, Access::Read)?;
-    let counts = ledger.counts()?;
-    let rejections = ledger.rejections()?;
-    let queued = ledger.queued()?;
-    let mut parked = BTreeMap::<String, u64>::new();
-    for message in ledger.parked()? {
-        *parked.entry(message.reason).or_default() += 1;
-    }
-    if args.json {
-        let by_reason: serde_json::Map<_, _> = rejections
-            .into_iter()
-            .map(|(code, count)| (code, json!(count)))
-            .collect();
-        println!(
-            "{}",
-            json!({ "counts": counts, "rejections": by_reason, "queued_again": queued, "parked": parked })
-        );
-        return Ok(());
-    }
-    println!(
-        "classified     {:>10}   of these positive {}, indeterminate {}",
-        counts.classified, counts.positive, counts.indeterminate
-    );
-    println!("rejected       {:>10}", counts.rejected);
-    for (code, count) in rejections {
-        println!("  {code:<20} {count:>3}");
-    }
-    println!("skipped        {:>10}", counts.skipped);
-    if queued > 0 {
-        println!("queued again   {queued:>10}   their outcomes stand until there are new ones");
-    }
-    println!(
-        "delivered      {:>10}   messages acknowledged by the broker",
-        counts.delivered
-    );
-    let oldest = counts
-        .oldest_outbox
-        .map(|at| format!("   oldest from {}", rfc3339_seconds(at)));
-    println!(
-        "waiting        {:>10}{}",
-        counts.outbox,
-        oldest.unwrap_or_default()
-    );
-    if counts.parked + counts.dropped > 0 {
-        println!(
-            "parked         {:>10}   not taken by the broker, see scansentry outbox list; dropped {}",
-            counts.parked, counts.dropped
-        );
-        for (reason, count) in parked {
-            println!("  {count:>6} {reason}");
+/// What the daemon noted of itself, and whether it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Daemon {
+    /// It has the state directory, and what it noted of itself is still that of the run before, in order.
+    Starting,
+    Running,
+    Stopped,
+    /// It ended without a word: a crash, a power cut.
+    Died,
+    /// It has not written a word of itself yet.
+    Unknown,
+}
+
+/// What the ledger and the lock say. The keys of the JSON form are those of the `health` message where they mean the same.
+#[derive(serde::Serialize)]
+struct Status {
+    daemon: Daemon,
+    at: Value,
+    started_at: Value,
+    stopped_at: Value,
+    version: Value,
+    state: Value,
+    conditions: Value,
+    warnings: Vec<String>,
+    backlog: Backlog,
+    last_error: Value,
+    open_alerts: u64,
+    counts: Counts,
+    rejections: BTreeMap<String, u64>,
+    queued_again: u64,
+    /// Messages that the broker does not take, by reason.
+    parked: BTreeMap<String, u64>,
+}
+
+impl Status {
+    fn read(ledger: &Ledger, config: &Config) -> Result<Self, Failure> {
+        let dir = &config.state.dir;
+        let in_use = || {
+            StateDir::in_use(dir).map_err(|e| {
+                Failure::Runtime(format!(
+                    "state.dir: {}: {e}; run as the user of the daemon",
+                    dir.display()
+                ))
+            })
+        };
+        // The lock first: a daemon notes that it stops before it lets go.
+        let running = in_use()?;
+        let note = ledger.note(STANDING)?;
+        let note: Value = note.map_or(Value::Null, |text| {
+            serde_json::from_str(&text).unwrap_or_default()
+        });
+        let counts = ledger.counts()?;
+        let in_order = note.is_null() || !note["stopped_at"].is_null();
+        let daemon = match (running, in_order) {
+            (true, true) => Daemon::Starting,
+            (true, false) => Daemon::Running,
+            (false, true) if note.is_null() => Daemon::Unknown,
+            (false, true) => Daemon::Stopped,
+            // It may have come up just now.
+            (false, false) if in_use()? => Daemon::Running,
+            (false, false) => Daemon::Died,
+        };
+        let files = note["files"].as_u64().unwrap_or(0);
+        let mut parked = BTreeMap::new();
+        for message in ledger.parked()? {
+            *parked.entry(message.reason).or_default() += 1;
         }
+        Ok(Self {
+            daemon,
+            at: note["at"].clone(),
+            started_at: note["started_at"].clone(),
+            stopped_at: note["stopped_at"].clone(),
+            version: note["version"].clone(),
+            state: note["state"].clone(),
+            conditions: match &note["conditions"] {
+                Value::Null => json!([]),
+                conditions => conditions.clone(),
+            },
+            warnings: config.mqtt.warnings(),
+            backlog: Backlog::new(files, &counts),
+            last_error: note["last_error"].clone(),
+            open_alerts: ledger.open_alerts()?,
+            counts,
+            rejections: ledger.rejections()?.into_iter().collect(),
+            queued_again: ledger.queued()?,
+            parked,
+        })
+    }
+
+    fn good(&self) -> bool {
+        self.daemon == Daemon::Running && self.state == "ok"
+    }
+
+    fn print(&self) {
+        let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();
+        let at = text(&self.at);
+        let daemon = match self.daemon {
+            Daemon::Starting => "starting".to_owned(),
+            Daemon::Running => format!("running since {}", text(&self.started_at)),
+            Daemon::Stopped => format!("stopped at {}", text(&self.stopped_at)),
+            Daemon::Died => {
+                format!("not running; it ended without a word, the state below is from {at}")
+            }
+            Daemon::Unknown => "has not said anything of itself yet".to_owned(),
+        };
+        println!("daemon         {daemon}");
+        let conditions = self.conditions.as_array().into_iter().flatten();
+        if matches!(self.daemon, Daemon::Running | Daemon::Died) {
+            println!("state          {}", text(&self.state));
+        }
+        for condition in conditions {
+            let (code, since, message) = (
+                text(&condition["code"]),
+                text(&condition["since"]),
+                text(&condition["message"]),
+            );
+            println!("  {code} since {since}: {message}");
+        }
+        for warning in &self.warnings {
+            println!("warning        {warning}");
+        }
+        if !self.last_error.is_null() {
+            println!(
+                "last error     {}   {}",
+                text(&self.last_error["at"]),
+                text(&self.last_error["message"])
+            );
+        }
+        let counts = &self.counts;
+        println!(
+            "classified     {:>10}   of these positive {}, indeterminate {}",
+            counts.classified, counts.positive, counts.indeterminate
+        );
+        println!("rejected       {:>10}", counts.rejected);
+        for (code, count) in &self.rejections {
+            println!("  {code:<20} {count:>3}");
+        }
+        println!("skipped        {:>10}", counts.skipped);
+        if self.queued_again > 0 {
+            println!(
+                "queued again   {:>10}   their outcomes stand until there are new ones",
+                self.queued_again
+            );
+        }
+        println!("open alerts    {:>10}", self.open_alerts);
+        println!(
+            "delivered      {:>10}   messages acknowledged by the broker",
+            counts.delivered
+        );
+        let Backlog {
+            files,
+            messages,
+            oldest,
+        } = &self.backlog;
+        if self.daemon != Daemon::Unknown {
+            println!("waiting        {files:>10}   files, as of {at}");
+        }
+        let oldest = oldest.as_ref().map(|at| format!(", the oldest from {at}"));
+        println!(
+            "               {messages:>10}   messages{}",
+            oldest.unwrap_or_default()
+        );
+        if counts.parked + counts.dropped > 0 {
+            println!(
+                "parked         {:>10}   not taken by the broker, see scansentry outbox list; dropped {}",
+                counts.parked, counts.dropped
+            );
+            for (reason, count) in &self.parked {
+                println!("  {count:>6} {reason}");
+            }
+        }
+    }
+}
+
+pub(super) fn status(global: &Global, args: &StatusArgs) -> Result<(), Failure> {
+    let (ledger, config) = open(global, Access::Read)?;
+    let status = Status::read(&ledger, &config)?;
+    if args.json {
+        println!("{}", json!(status));
+    } else {
+        status.print();
+    }
+    if args.check && !status.good() {
+        return Err(Failure::Said);
     }
     Ok(())
 }
@@ -134,7 +268,7 @@ pub(super) fn lookup(global: &Global, args: &LookupArgs) -> Result<(), Failure> 
         .scan_id
         .parse()
         .map_err(|e| Failure::Runtime(format!("scan id: {e}")))?;
-    let (ledger, folder) = open(global, Access::Read)?;
+    let (ledger, config) = open(global, Access::Read)?;
     let found = ledger.lookup(scan_id)?;
     let Some((paths, outcome)) = found else {
         return Err(Failure::Runtime(format!(
@@ -143,7 +277,7 @@ pub(super) fn lookup(global: &Global, args: &LookupArgs) -> Result<(), Failure> 
     };
     println!("{}", outcome.as_deref().unwrap_or("no outcome yet"));
     for path in paths {
-        println!("{}", printable(&folder.join(path)));
+        println!("{}", printable(&config.watch.folder.join(path)));
     }
     Ok(())
 }

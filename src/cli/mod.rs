@@ -66,7 +66,7 @@ enum Verb {
     Demo(demo::DemoArgs),
     /// Export synthetic slices into a folder
     Simulate(simulate::SimulateArgs),
-    /// Counts, backlog and rejections of this appliance
+    /// Whether the daemon runs and is well; backlog, latest error, counts
     Status(ledger::StatusArgs),
     /// Classify past scans again, for a new model or rule: results with the next revision and their own event ids
     Reprocess(again::ReprocessArgs),

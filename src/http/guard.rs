@@ -37,6 +37,8 @@ pub(super) struct Guard {
     pub(super) sessions: Option<PseudonymKey>,
     pub(super) hosts: Vec<String>,
     pub(super) forgery: String,
+    /// Held while the answer to a wrong token is held back.
+    pub(super) wrong: tokio::sync::Mutex<()>,
 }
 
 fn same(a: &str, b: &str) -> bool {
@@ -75,6 +77,12 @@ impl Guard {
             .filter_map(|value| value.to_str().ok())
             .flat_map(|line| line.split(';'))
             .any(|cookie| is_session(sessions, cookie.trim()).unwrap_or(false))
+    }
+
+    /// Holds the answer to a wrong token back, one after the other, so that tokens cannot be tried out quickly.
+    async fn hold_back(&self) {
+        let _turn = self.wrong.lock().await;
+        tokio::time::sleep(WRONG_TOKEN_PAUSE).await;
     }
 
     /// A POST must come from this page: the browser says from where, and only this page knows the anti-forgery token.
@@ -177,6 +185,9 @@ pub(super) async fn private(
     next: Next,
 ) -> Response {
     if !guard.logged_in(request.headers()) {
+        if request.headers().contains_key(header::AUTHORIZATION) {
+            guard.hold_back().await;
+        }
         return if request.uri().path() == "/" {
             Redirect::to("/login").into_response()
         } else {
@@ -201,7 +212,6 @@ struct Login {
 
 /// The login form and its answers.
 pub(super) fn login(guard: Arc<Guard>) -> Router {
-    let one_at_a_time = Arc::new(tokio::sync::Mutex::new(()));
     let form = |wrong: bool| {
         let hint = if wrong { "" } else { " hidden" };
         let html = LOGIN_PAGE.replace(" data-wrong", hint);
@@ -231,8 +241,7 @@ pub(super) fn login(guard: Arc<Guard>) -> Router {
             return Redirect::to("/").into_response();
         };
         if !same(given.trim(), token) {
-            let _turn = one_at_a_time.lock().await;
-            tokio::time::sleep(WRONG_TOKEN_PAUSE).await;
+            guard.hold_back().await;
             return form(true);
         }
         let until = (now() + LOGIN_S).to_string();
@@ -263,6 +272,7 @@ mod tests {
             sessions: token.map(|_| PseudonymKey::new([7; 32])),
             hosts: vec!["dashboard.example".into()],
             forgery: "mark".into(),
+            wrong: tokio::sync::Mutex::default(),
         }
     }
 

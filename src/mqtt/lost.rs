@@ -11,6 +11,9 @@ use tokio_rustls::rustls::{self, AlertDescription, CertificateError};
 /// Reason code 0x95, which rumqttc does not take in a PUBACK; Mosquitto sends it there.
 const PACKET_TOO_LARGE: u8 = 0x95;
 
+/// Longest reason, characters: the broker may have a say in it.
+const LONGEST: usize = 200;
+
 const LOGIN: &str =
     "check mqtt.username, mqtt.password_file, mqtt.client_id and the broker's access rules";
 const SAME_ID: &str = "another client uses the same client id: give each appliance its own device.id or mqtt.client_id";
@@ -121,8 +124,9 @@ impl Lost {
 
 impl From<String> for Lost {
     fn from(reason: String) -> Self {
+        let plain = reason.chars().map(|c| if c.is_control() { ' ' } else { c });
         Self {
-            reason,
+            reason: plain.take(LONGEST).collect(),
             hint: None,
             too_large: false,
         }

@@ -12,6 +12,7 @@ use rusqlite::types::Value as Sql;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, params, params_from_iter};
 use serde_json::{Value, json};
 
+use super::state_dir::make_private;
 use super::{Lock, StoreError, lock, set_aside};
 use crate::history::{
     ApplianceKey, Body, Filter, Heatmap, PreviewSeen, Received, quantile, row, step_ms,
@@ -20,7 +21,7 @@ use crate::message::rfc3339;
 use crate::scan::Pseudonym;
 
 /// File name of the database inside the dashboard's folder.
-const DATABASE: &str = "history.sqlite3";
+pub(super) const DATABASE: &str = "history.sqlite3";
 
 /// Format of the database, in `PRAGMA user_version`.
 const FORMAT: i64 = 2;
@@ -188,6 +189,7 @@ impl History {
     /// says so, and a new one begun.
     pub fn open(dir: &Path) -> Result<Self> {
         let held = lock(dir)?;
+        make_private(dir);
         let path = dir.join(DATABASE);
         let conn = match open(&path) {
             Err(StoreError::Corrupt(_)) => {

@@ -46,8 +46,14 @@ pub use state_dir::{StateDir, free_bytes};
 /// File name of the database inside the state directory.
 pub const DATABASE: &str = "ledger.sqlite3";
 
+/// The ledger's note of what the daemon last said of itself.
+pub const STANDING: &str = "standing";
+
 /// Left beside a database in which damage was found while it was in use; the next start sets it aside.
 const DAMAGED: &str = "ledger.damaged";
+
+/// Damaged databases that are kept, each.
+const KEPT_ASIDE: usize = 3;
 
 /// Most calls that share one transaction.
 const BATCH: usize = 64;
@@ -285,6 +291,7 @@ fn serve(
     ledger.close();
 }
 
+/// Gives a damaged database a name that says so, and deletes all but the latest [`KEPT_ASIDE`] of these.
 fn set_aside(path: &Path) -> Result<PathBuf, StoreError> {
     let stamp = jiff::Timestamp::now().as_second();
     let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -305,5 +312,32 @@ fn set_aside(path: &Path) -> Result<PathBuf, StoreError> {
             _ => {}
         }
     }
+    let marked = format!("{name}.damaged-");
+    forget_older(path.parent().unwrap_or(Path::new(".")), &marked);
     Ok(aside)
+}
+
+/// A medium that fails damages one ledger after the other. What cannot be deleted stays.
+fn forget_older(folder: &Path, marked: &str) {
+    let mut aside: Vec<(i64, PathBuf)> = std::fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.file_name();
+            let stamp = name.to_str()?.strip_prefix(marked)?;
+            let stamp = stamp.split('-').next()?.parse().ok()?;
+            Some((stamp, entry.path()))
+        })
+        .collect();
+    let mut stamps: Vec<i64> = aside.iter().map(|(stamp, _)| *stamp).collect();
+    stamps.sort_unstable();
+    stamps.dedup();
+    let Some(oldest) = stamps.iter().rev().nth(KEPT_ASIDE - 1) else {
+        return;
+    };
+    aside.retain(|(stamp, _)| stamp < oldest);
+    for (_, path) in aside {
+        let _ = std::fs::remove_file(path);
+    }
 }

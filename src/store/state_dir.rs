@@ -1,15 +1,21 @@
 //! The state directory: private to the daemon, one daemon at a time, and home of the pseudonym key.
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use super::StoreError;
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Flock, FlockOffsetType, FlockType};
+
+use super::{DAMAGED, DATABASE, StoreError};
 use crate::scan::{KEY_BYTES, PseudonymKey};
 
 const KEY: &str = "pseudonym.key";
 pub(super) const LOCK: &str = "lock";
+
+/// Permissions of group and others.
+const OTHERS: u32 = 0o077;
 
 /// The locked state directory. The lock is let go when this is dropped, or by the kernel when the process dies.
 #[derive(Debug)]
@@ -20,15 +26,36 @@ pub struct StateDir {
 }
 
 impl StateDir {
-    /// Opens `path`, making it (mode 0700) and its key (mode 0600) at first start, and locks it.
+    /// Opens `path`, making it (mode 0700) and its key (mode 0600) at first start, and locks it. What other users could open of ours in it is
+    /// closed to them, with a warning.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
         let lock = lock(path)?;
+        // A query can see this lock and disturbs nobody (`in_use`), unlike the one above. It goes with any descriptor of the file that this
+        // process closes, and no other is ever opened.
+        let _ = rustix::fs::fcntl_lock(
+            &lock.0,
+            rustix::fs::FlockOperation::NonBlockingLockExclusive,
+        );
+        make_private(path);
         let key = read_or_make_key(path)?;
         Ok(Self {
             path: path.to_owned(),
             key,
             _lock: lock,
         })
+    }
+
+    /// Whether a daemon has `path` open now.
+    pub fn in_use(path: &Path) -> std::io::Result<bool> {
+        let file = File::open(path.join(LOCK))?;
+        let whole = Flock {
+            start: 0,
+            length: 0,
+            pid: None,
+            typ: FlockType::WriteLock,
+            offset_type: FlockOffsetType::Set,
+        };
+        Ok(rustix::process::fcntl_getlk(&file, &whole)?.is_some())
     }
 
     /// The directory.
@@ -71,21 +98,90 @@ pub(super) fn lock(path: &Path) -> Result<Lock, StoreError> {
     Ok(Lock(lock))
 }
 
-/// The key in `dir`; made with the system's generator, and on the disk before it is used, if there is none.
+/// Takes the permissions of group and others from what is ours below `dir`: an earlier umask, a copy or a backup may have left them. `dir`
+/// itself is not changed: it may be somebody else's, by mistake.
+pub(super) fn make_private(dir: &Path) {
+    let open_to_others = |path: &Path| {
+        let metadata = path.symlink_metadata().ok()?;
+        (!metadata.is_symlink() && metadata.mode() & OTHERS != 0).then_some(())
+    };
+    if open_to_others(dir).is_some() {
+        tracing::warn!(
+            "{}: other users may look into it; close it to them with chmod 700",
+            dir.display()
+        );
+    }
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let ours = entries.filter(|entry| {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        name == LOCK
+            || name == DAMAGED
+            || [
+                DATABASE,
+                super::history::DATABASE,
+                KEY,
+                "models",
+                "dashboard",
+            ]
+            .iter()
+            .any(|ours| name.starts_with(ours))
+    });
+    let mut waiting: Vec<_> = ours.map(|entry| entry.path()).collect();
+    let mut closed = 0;
+    while let Some(path) = waiting.pop() {
+        if open_to_others(&path).is_some() {
+            match close_to_others(&path) {
+                Ok(()) => closed += 1,
+                Err(error) => tracing::warn!(
+                    "{}: a file in it is open to other users and cannot be closed to them ({error}); check its owner",
+                    dir.display()
+                ),
+            }
+        }
+        if path.symlink_metadata().is_ok_and(|m| m.is_dir()) {
+            let below = std::fs::read_dir(&path).into_iter().flatten().flatten();
+            waiting.extend(below.map(|entry| entry.path()));
+        }
+    }
+    if closed > 0 {
+        tracing::warn!(
+            closed,
+            "{}: files in it were open to other users; they are closed now, but may have been read",
+            dir.display()
+        );
+    }
+}
+
+fn close_to_others(path: &Path) -> rustix::io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty())?;
+    let mode = rustix::fs::fstat(&file)?.st_mode & 0o7700;
+    rustix::fs::fchmod(&file, Mode::from_raw_mode(mode))
+}
+
+/// The key in `dir`; made with the system's generator, and on the disk before it is used, if there is none. What is not a file of its own with
+/// exactly [`KEY_BYTES`] is refused.
 fn read_or_make_key(dir: &Path) -> Result<PseudonymKey, StoreError> {
     let path = dir.join(KEY);
     let unwritable = |e: std::io::Error| StoreError::Unwritable(e.to_string());
+    let refused = |what: &str| {
+        let hint = "restore it from a backup, or remove it and all ids become others";
+        Err(StoreError::Other(format!("{KEY} {what}; {hint}")))
+    };
     let mut bytes = [0; KEY_BYTES];
-    match File::open(&path) {
-        Ok(mut file) => {
-            file.read_exact(&mut bytes).map_err(|_| {
-                StoreError::Other(format!(
-                    "{KEY} is shorter than {KEY_BYTES} bytes; restore it from a backup or remove it"
-                ))
-            })?;
+    match path.symlink_metadata() {
+        Ok(metadata) if !metadata.is_file() => return refused("is a link or no file"),
+        Ok(metadata) if metadata.len() != KEY_BYTES as u64 => {
+            return refused(&format!("does not hold {KEY_BYTES} bytes"));
+        }
+        Ok(_) => {
+            File::open(&path)
+                .and_then(|mut file| file.read_exact(&mut bytes))
+                .map_err(unwritable)?;
             return Ok(PseudonymKey::new(bytes));
         }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
         Err(error) => return Err(unwritable(error)),
     }
     getrandom::fill(&mut bytes)

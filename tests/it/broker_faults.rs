@@ -5,7 +5,6 @@ use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -16,8 +15,8 @@ use serde_json::{Value, json};
 
 use crate::contract;
 use crate::support::{
-    Appliance, Mosquitto, PATIENCE, Process, Subscriber, assert_no_double_outcome, free_port,
-    pause, run, slices, wait_for,
+    Appliance, Mosquitto, PATIENCE, Process, Subscriber, assert_no_double_outcome, certificates,
+    free_port, pause, slices, wait_for,
 };
 
 const TOPIC: &str = "scansentry/radiology/mri-1/result";
@@ -350,6 +349,20 @@ fn read_packet(stream: &mut TcpStream) -> std::io::Result<(u8, Vec<u8>)> {
     Ok((kind, body))
 }
 
+/// An MQTT packet; the kind with its flags.
+pub fn packet(kind: u8, body: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![kind];
+    let mut length = body.len();
+    loop {
+        let more = length >= 128;
+        bytes.push((length % 128) as u8 | if more { 128 } else { 0 });
+        length /= 128;
+        if !more {
+            return [&bytes, body].concat();
+        }
+    }
+}
+
 /// With `of_5` behind the body in MQTT 5: empty properties.
 fn write_packet(
     stream: &mut TcpStream,
@@ -359,7 +372,7 @@ fn write_packet(
     of_5: &[u8],
 ) -> std::io::Result<()> {
     let body = [body, if version == 5 { of_5 } else { &[] }].concat();
-    stream.write_all(&[&[kind, u8::try_from(body.len()).unwrap()], &body[..]].concat())
+    stream.write_all(&packet(kind, &body))
 }
 
 fn take_text(rest: &mut &[u8]) -> String {
@@ -571,7 +584,7 @@ fn what_a_broker_says_to_a_connection_is_said_once() {
 #[test]
 fn what_is_wrong_with_tls_is_said() {
     let ports: Vec<u16> = (0..3).map(|_| free_port()).collect();
-    let listeners = ports.iter().zip(["good", "expired", "other-name"]);
+    let listeners = ports.iter().zip(["server", "expired", "other-name"]);
     let listeners = listeners.map(|(port, name)| {
         let files = format!("certfile {{dir}}/{name}.pem\nkeyfile {{dir}}/{name}.key\n");
         format!("listener {port} 127.0.0.1\n{files}")
@@ -615,38 +628,6 @@ fn what_is_wrong_with_tls_is_said() {
     appliance.rename_in("a.png", &slices(1)[0]);
     appliance.start();
     subscriber.wait_for_scans(1);
-}
-
-/// Two authorities, and server certificates of the first: a good one, one of yesterday and one for another name.
-fn certificates(folder: &Path) {
-    let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
-    let openssl = |line: &str| run("openssl", &line.split(' ').collect::<Vec<_>>());
-    let key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
-    for ca in ["ca", "other-ca"] {
-        let (cert, secret) = (path(&format!("{ca}.pem")), path(&format!("{ca}.key")));
-        openssl(&format!(
-            "req -x509 {key} -days 2 -subj /CN={ca} -out {cert} -keyout {secret}"
-        ));
-    }
-    for (name, host, days) in [
-        ("good", "localhost", 2),
-        ("expired", "localhost", -1),
-        ("other-name", "elsewhere", 2),
-    ] {
-        let of = |end: &str| path(&format!("{name}.{end}"));
-        openssl(&format!(
-            "req {key} -subj /CN={host} -addext subjectAltName=DNS:{host} -out {} -keyout {}",
-            of("csr"),
-            of("key")
-        ));
-        openssl(&format!(
-            "x509 -req -in {} -CA {} -CAkey {} -CAcreateserial -copy_extensions copyall -days {days} -out {}",
-            of("csr"),
-            path("ca.pem"),
-            path("ca.key"),
-            of("pem")
-        ));
-    }
 }
 
 #[test]

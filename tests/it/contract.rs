@@ -204,21 +204,7 @@ fn the_codes_in_the_schemas_are_the_programs() {
         &schemas["health"],
         "/properties/conditions/items/properties/code/enum",
     );
-    let all = [
-        Condition::FolderAway,
-        Condition::EventsUnavailable,
-        Condition::BrokerAway,
-        Condition::BrokerRefuses,
-        Condition::MessagesParked,
-        Condition::StateUnwritable,
-        Condition::OutboxFull,
-        Condition::LedgerRebuilt,
-        Condition::Paused,
-        Condition::ModelFallback,
-        Condition::ReloadRefused,
-        Condition::WorkerReplaced,
-    ];
-    assert_eq!(conditions, all.iter().map(|c| c.code()).collect());
+    assert_eq!(conditions, Condition::ALL.map(Condition::code).into());
     // The other way round, by the sources: no code is left out.
     for (file, kind, listed) in [
         (

@@ -167,7 +167,7 @@ fn agent() -> ureq::Agent {
         .into()
 }
 
-fn get(url: &str, path: &str, headers: &[(&str, &str)]) -> (u16, String) {
+pub fn get(url: &str, path: &str, headers: &[(&str, &str)]) -> (u16, String) {
     let mut request = agent().get(format!("{url}{path}"));
     for (name, value) in headers {
         request = request.header(*name, *value);
@@ -183,7 +183,7 @@ fn get(url: &str, path: &str, headers: &[(&str, &str)]) -> (u16, String) {
 
 /// A server that refuses a request answers without reading its body and closes; a client that is still writing then may miss the answer, so
 /// it asks again.
-fn post(url: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> (u16, String) {
+pub fn post(url: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> (u16, String) {
     for _ in 0..20 {
         let mut request = agent().post(format!("{url}{path}"));
         for (name, value) in headers {
@@ -679,7 +679,7 @@ fn a_dashboard_that_others_can_reach_needs_a_token() {
     assert!(line.starts_with("http.listen:"), "{line}");
 }
 
-fn daemon_url(appliance: &Appliance) -> String {
+pub fn daemon_url(appliance: &Appliance) -> String {
     let find = || {
         let log = appliance.log();
         let start = log.rfind("url=\"http://")? + 5;

@@ -349,6 +349,25 @@ fn a_failed_call_leaves_no_trace_and_its_neighbours_alone() {
 }
 
 #[test]
+fn of_damaged_ledgers_the_latest_three_are_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    for name in ["1", "1-wal", "7", "3", "3-wal", "5"] {
+        std::fs::write(file(&format!("ledger.sqlite3.damaged-{name}")), "x").unwrap();
+    }
+    std::fs::write(file("ledger.sqlite3"), [7; 4096]).unwrap();
+    let aside = Store::open(folder.path()).unwrap().set_aside.unwrap();
+    let mut left: Vec<_> = std::fs::read_dir(folder.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.to_str().unwrap().contains(".damaged-"))
+        .collect();
+    left.sort();
+    let kept = ["5", "7"].map(|name| file(&format!("ledger.sqlite3.damaged-{name}")));
+    assert_eq!(left, [&[aside][..], &kept].concat());
+}
+
+#[test]
 fn a_damaged_ledger_is_set_aside_and_a_newer_one_left_alone() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join(DATABASE), vec![0x5a; 8192]).unwrap();

@@ -318,6 +318,40 @@ pub fn run(program: &str, arguments: &[&str]) {
     );
 }
 
+/// Two authorities, and of the first a client's certificate and a server's: a good one, one of yesterday and one for another name.
+pub fn certificates(folder: &Path) {
+    let path = |name: &str| folder.join(name).to_str().unwrap().to_owned();
+    let openssl = |line: &str| run("openssl", &line.split(' ').collect::<Vec<_>>());
+    let key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes";
+    for ca in ["ca", "other-ca"] {
+        let (cert, secret) = (path(&format!("{ca}.pem")), path(&format!("{ca}.key")));
+        openssl(&format!(
+            "req -x509 {key} -days 2 -subj /CN={ca} -out {cert} -keyout {secret}"
+        ));
+    }
+    let of_server = |host| format!("subjectAltName=DNS:{host}");
+    for (name, subject, extension, days) in [
+        ("server", "localhost", of_server("localhost"), 2),
+        ("expired", "localhost", of_server("localhost"), -1),
+        ("other-name", "elsewhere", of_server("elsewhere"), 2),
+        ("client", "mri-1", "extendedKeyUsage=clientAuth".into(), 2),
+    ] {
+        let of = |end: &str| path(&format!("{name}.{end}"));
+        openssl(&format!(
+            "req {key} -subj /CN={subject} -addext {extension} -addext basicConstraints=critical,CA:false -out {} -keyout {}",
+            of("csr"),
+            of("key")
+        ));
+        openssl(&format!(
+            "x509 -req -in {} -CA {} -CAkey {} -CAcreateserial -copy_extensions copyall -days {days} -out {}",
+            of("csr"),
+            path("ca.pem"),
+            path("ca.key"),
+            of("pem")
+        ));
+    }
+}
+
 pub fn is_root() -> bool {
     use std::os::unix::fs::MetadataExt as _;
     std::fs::metadata("/proc/self").is_ok_and(|m| m.uid() == 0)

@@ -102,6 +102,8 @@ function applianceCard(appliance) {
     conditions.length > 0 && h("ul", { class: "why" }, conditions.map((c) => h("li", {}, c.message, " ", h("span", { class: "hint" }, "since ", time(c.since))))),
     facts([
       ["Waiting", health && `${count(health.backlog.files, "file")}, ${count(health.backlog.messages, "message")}`],
+      ["Oldest waiting", health?.backlog.oldest && time(health.backlog.oldest)],
+      ["Last error", health?.last_error && h("span", {}, time(health.last_error.at), " ", health.last_error.message)],
       ["Model", health && `${health.model?.name ?? "?"} ${health.model?.version ?? ""}`],
       ["Version", health?.version],
       ["Last seen", appliance.seen_at && time(appliance.seen_at)],
