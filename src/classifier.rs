@@ -8,7 +8,7 @@ use image::RgbImage;
 use serde::Serialize;
 
 use crate::config::{Config, EngineChoice, Misfits, Quality};
-use crate::engine::{self, ElementType, Engine, EngineInfo, Runtime, TensorSpec};
+use crate::engine::{self, ElementType, Engine, EngineInfo, ModelBytes, Runtime, TensorSpec};
 use crate::imaging::Picture;
 use crate::imaging::decode::{DecodeNote, Limits, Source, SourceKind};
 use crate::imaging::dicom::DicomHeader;
@@ -61,7 +61,7 @@ pub struct Bundle {
     pub signature: SignatureState,
     /// Name, version and hash, as every result carries them.
     pub model_ref: Arc<ModelRef>,
-    model: Vec<u8>,
+    model: ModelBytes,
 }
 
 impl Bundle {
@@ -120,7 +120,7 @@ fn read_signature(
     }
 }
 
-fn read_model(dir: &Path, manifest: &Manifest) -> Result<Vec<u8>, String> {
+fn read_model(dir: &Path, manifest: &Manifest) -> Result<ModelBytes, String> {
     let model = read_bounded(&dir.join(&manifest.file), MAX_MODEL).map_err(|e| {
         format!(
             "model.bundle: {} cannot be read ({e}); install the bundle again",
@@ -134,7 +134,7 @@ fn read_model(dir: &Path, manifest: &Manifest) -> Result<Vec<u8>, String> {
             manifest.file, manifest.sha256
         ));
     }
-    Ok(model)
+    Ok(ModelBytes::copy_of(&model))
 }
 
 /// The runtime that the configuration wants, if this build has it.

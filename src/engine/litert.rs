@@ -19,21 +19,24 @@ use std::ptr::{self, NonNull};
 use litert_sys as sys;
 
 use super::model_file::ModelFile;
-use super::{ElementType, Engine, EngineError, EngineInfo, TensorSpec, stderr};
+use super::{ElementType, Engine, EngineError, EngineInfo, ModelBytes, TensorSpec, stderr};
 
 /// The first signature of the file; a file without any gets one from the runtime that stands for its main graph.
 const SIGNATURE: sys::LiteRtParamIndex = 0;
 
 /// Loads `bytes`, whose description is `file`, with `threads` threads.
-pub(super) fn load(bytes: &[u8], file: ModelFile, threads: usize) -> Result<LiteRt, EngineError> {
+pub(super) fn load(
+    bytes: &ModelBytes,
+    file: ModelFile,
+    threads: usize,
+) -> Result<LiteRt, EngineError> {
     let ModelFile {
         input: input_spec,
         outputs: output_specs,
         operators,
     } = file;
     let environment = create_environment()?;
-    let file = AlignedBytes::copy_of(bytes);
-    let model = create_model(&file)?;
+    let model = create_model(bytes)?;
     let signature_order = outputs_in_signature_order(&model)?;
 
     let options = create_options(threads)?;
@@ -73,7 +76,7 @@ pub(super) fn load(bytes: &[u8], file: ModelFile, threads: usize) -> Result<Lite
         _options: options,
         _model: model,
         _environment: stderr::DropQuietly::new(environment),
-        _file: file,
+        _bytes: bytes.clone(),
         signature_order,
         input_specs: [input_spec],
         output_specs,
@@ -89,7 +92,7 @@ pub(super) struct LiteRt {
     _options: Owned<sys::LiteRtOptionsT>,
     _model: Owned<sys::LiteRtModelT>,
     _environment: stderr::DropQuietly<Owned<sys::LiteRtEnvironmentT>>,
-    _file: AlignedBytes,
+    _bytes: ModelBytes,
     /// `outputs[signature_order[i]]` is the i-th output of the signature, which is the order that running wants.
     signature_order: Vec<usize>,
     input_specs: [TensorSpec; 1],
@@ -150,10 +153,10 @@ fn create_environment() -> Result<Owned<sys::LiteRtEnvironmentT>, EngineError> {
     .map_err(|status| EngineError::Load(format!("the runtime does not start: {status}")))
 }
 
-fn create_model(file: &AlignedBytes) -> Result<Owned<sys::LiteRtModelT>, EngineError> {
+fn create_model(bytes: &ModelBytes) -> Result<Owned<sys::LiteRtModelT>, EngineError> {
     // SAFETY: the bytes stay where they are until after the model is destroyed: see the order of `LiteRt`'s fields.
     create(sys::LiteRtDestroyModel, |out| unsafe {
-        sys::LiteRtCreateModelFromBuffer(file.as_ptr().cast(), file.len, out)
+        sys::LiteRtCreateModelFromBuffer(bytes.as_ptr().cast(), bytes.len(), out)
     })
     .map_err(|status| EngineError::Load(status.to_string()))
 }
@@ -548,35 +551,4 @@ unsafe fn text(chars: *const c_char) -> String {
     unsafe { CStr::from_ptr(chars) }
         .to_string_lossy()
         .into_owned()
-}
-
-/// Bytes at an address that is a multiple of 16, which a TFLite file's tensors are laid out for.
-struct AlignedBytes {
-    blocks: Box<[Block]>,
-    len: usize,
-}
-
-#[derive(Clone, Copy)]
-#[repr(C, align(16))]
-struct Block([u8; 16]);
-
-impl AlignedBytes {
-    fn copy_of(bytes: &[u8]) -> Self {
-        let blocks = bytes
-            .chunks(16)
-            .map(|chunk| {
-                let mut block = Block([0; 16]);
-                block.0[..chunk.len()].copy_from_slice(chunk);
-                block
-            })
-            .collect();
-        Self {
-            blocks,
-            len: bytes.len(),
-        }
-    }
-
-    fn as_ptr(&self) -> *const u8 {
-        self.blocks.as_ptr().cast()
-    }
 }

@@ -11,6 +11,9 @@ mod stderr;
 #[cfg(tflite)]
 mod tflite;
 
+use std::ops::Deref;
+use std::sync::Arc;
+
 use serde::Serialize;
 
 pub use crate::tensor::{ElementType, QuantParams, TensorSpec};
@@ -114,13 +117,46 @@ pub enum EngineError {
 /// More threads than that per interpreter help on no board that this runs on.
 const MAX_THREADS: usize = 64;
 
+/// The bytes of a `.tflite` file, at an address that is a multiple of 16, for which its tensors are laid out. Cheap to clone: all engines of a
+/// model borrow the same ones.
+#[derive(Debug, Clone)]
+pub struct ModelBytes {
+    bytes: Arc<Vec<u8>>,
+    start: usize,
+}
+
+impl ModelBytes {
+    const ALIGNMENT: usize = 16;
+
+    /// A copy of `bytes`.
+    pub fn copy_of(bytes: &[u8]) -> Self {
+        let mut aligned: Vec<u8> = Vec::with_capacity(bytes.len() + Self::ALIGNMENT);
+        let start = aligned.as_ptr().align_offset(Self::ALIGNMENT);
+        aligned.resize(start, 0);
+        // It has the room, so it stays where it is.
+        aligned.extend_from_slice(bytes);
+        Self {
+            bytes: Arc::new(aligned),
+            start,
+        }
+    }
+}
+
+impl Deref for ModelBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[self.start..]
+    }
+}
+
 /// Loads `model` (the bytes of a `.tflite` file) on `runtime`, one of [`RUNTIMES`], with `threads` threads (1 to 64; values outside
 /// are moved to the nearest end).
 ///
 /// A loaded model has exactly one input, and only tensors of fixed shape and of an [`ElementType`].
 pub fn load(
     runtime: Runtime,
-    model: &[u8],
+    model: &ModelBytes,
     threads: usize,
 ) -> Result<Box<dyn Engine>, EngineError> {
     let file = model_file::ModelFile::read(model)?;

@@ -4,7 +4,9 @@
 use std::fs;
 use std::path::Path;
 
-use scansentry::engine::{self, ElementType, Engine, QuantParams, RUNTIMES, Runtime, TensorSpec};
+use scansentry::engine::{
+    self, ElementType, Engine, ModelBytes, QuantParams, RUNTIMES, Runtime, TensorSpec,
+};
 use scansentry::imaging::Picture;
 use scansentry::imaging::decode::{Limits, Source};
 use scansentry::imaging::resize::{ResizeFilter, ResizeSpec, Resizer};
@@ -20,12 +22,12 @@ fn fixture(name: &str) -> Vec<u8> {
 }
 
 fn load(runtime: Runtime, name: &str) -> Box<dyn Engine> {
-    engine::load(runtime, &fixture(name), 1)
+    engine::load(runtime, &ModelBytes::copy_of(&fixture(name)), 1)
         .unwrap_or_else(|error| panic!("{name} on {runtime:?}: {error}"))
 }
 
 fn refused(runtime: Runtime, bytes: &[u8]) -> String {
-    match engine::load(runtime, bytes, 1) {
+    match engine::load(runtime, &ModelBytes::copy_of(bytes), 1) {
         Ok(engine) => panic!("loaded: {:?}", engine.info()),
         Err(error) => error.to_string(),
     }
@@ -245,7 +247,12 @@ fn the_thread_count_is_a_setting() {
     let threads_now = || fs::read_dir("/proc/self/task").unwrap().count();
     let before = threads_now();
     for wanted in [1, 2, 3] {
-        let engine = engine::load(Runtime::LiteRt, &fixture("float32"), wanted).unwrap();
+        let engine = engine::load(
+            Runtime::LiteRt,
+            &ModelBytes::copy_of(&fixture("float32")),
+            wanted,
+        )
+        .unwrap();
         assert_eq!(engine.info().threads, wanted);
         assert_eq!(threads_now() - before, wanted - 1, "{wanted} threads");
     }
@@ -295,7 +302,7 @@ fn all_engines_give_the_same_answers() {
         eprintln!("not compared: this build has one engine; `make test-tflite` has two");
         return;
     }
-    let model = fs::read(bundle().join("model.tflite")).unwrap();
+    let model = ModelBytes::copy_of(&fs::read(bundle().join("model.tflite")).unwrap());
     let mut reference = engine::load(*first, &model, 1).unwrap();
     let inputs = model_inputs(reference.inputs()[0].bytes());
     for &other in others {
