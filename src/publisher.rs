@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Nothing is taken out of the outbox before its PUBACK, and every connection starts again at the oldest message. What was
-//! acknowledged but not yet confirmed in the ledger when the process died is sent once more, byte for byte, with the same `event_id`.
+//! acknowledged but not yet confirmed in the ledger when the process died (or, as confirmations do not wait for the disk, in the last second before
+//! a power cut) is sent once more, byte for byte, with the same `event_id`.
 //!
 //! A message that the broker does not take must not hold up the rest: [`suspicion`] finds it out, and it is parked in the ledger. At every
 //! start, once a day and when the broker names a higher limit some of the parked ones come back, and each that is acknowledged then brings others.
@@ -34,7 +35,7 @@ use crate::message::{
 use crate::mqtt::{Backoff, Event, Gone, Lost, Sending, Session, Settings, Ticket, Unsent};
 use crate::preview::Inlet;
 use crate::progress::Stopwatch;
-use crate::store::{Ledger, Store, StoreError};
+use crate::store::{Ledger, Store, StoreError, Survives};
 use suspicion::{ENDS, Next, REFUSALS, RETURNED, Suspicion};
 
 /// Payload of the retained status topic while connected.
@@ -796,7 +797,7 @@ impl<'a> Connection<'a> {
         let confirmed = self
             .publisher
             .store
-            .call(move |ledger| ledger.confirm(&seqs))
+            .call_that(Survives::Process, move |ledger| ledger.confirm(&seqs))
             .await;
         match confirmed {
             Ok(()) => {

@@ -443,7 +443,7 @@ fn ledger(scratch: &Scratch) -> Result<LedgerReport, Failure> {
         let path = PathBuf::from(format!("{number}.img"));
         let begin = Instant::now();
         let file = ScanFile { path, stamp };
-        store.call_that(Survives::Process, move |l| {
+        store.call_blocking_that(Survives::Process, move |l| {
             l.claim(scan_id, &file, number, 1)
         })?;
         claims.push(millis(begin.elapsed()));

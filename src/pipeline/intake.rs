@@ -29,7 +29,7 @@ use crate::failpoint;
 use crate::health::{Condition, Health};
 use crate::progress::Stopwatch;
 use crate::scan::{ScanFile, Stamp};
-use crate::store::{Ledger, Store, free_bytes};
+use crate::store::{Ledger, Store, Survives, free_bytes};
 use crate::watch::{self, Hint};
 
 /// Files that may be settling at the same time.
@@ -553,9 +553,12 @@ impl Intake {
         if files.is_empty() {
             return;
         }
+        // Nothing is told of it, so it waits for no disk.
         let unknown = match self
             .store
-            .call(move |ledger| ledger.unknown(files, today()))
+            .call_that(Survives::Process, move |ledger| {
+                ledger.unknown(files, today())
+            })
             .await
         {
             Ok(unknown) => unknown,

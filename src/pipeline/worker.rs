@@ -364,7 +364,7 @@ impl Worker {
         C: FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
     {
         loop {
-            match self.call(Survives::PowerCut, make_call()) {
+            match self.call(Survives::PowerCutSoon, make_call()) {
                 Ok(done) => {
                     self.context.health.clear(Condition::StateUnwritable);
                     return Some(done);
@@ -389,7 +389,7 @@ impl Worker {
         call: impl FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
     ) -> Result<R, StoreError> {
         let store = self.context.store.upgrade().ok_or(StoreError::Closed)?;
-        store.call_that(survives, call)
+        store.call_blocking_that(survives, call)
     }
 
     fn blocked(&self, error: &StoreError) {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _, params};
 
-use super::{StoreError, Survives};
+use super::StoreError;
 use crate::config::AlertRule;
 use crate::failpoint;
 use crate::message::{AlertChange, Counts, OutboxMessage, PositivePicture, StudyState};
@@ -309,8 +309,6 @@ pub struct Ledger {
     damaged: bool,
     /// `PRAGMA data_version`: another number when another process has written.
     data_version: i64,
-    /// What `PRAGMA synchronous` says.
-    synced: Survives,
 }
 
 type Result<T> = std::result::Result<T, StoreError>;
@@ -321,8 +319,7 @@ impl Ledger {
         let conn = Connection::open(path)?;
         conn.busy_timeout(std::time::Duration::from_secs(10))?;
         conn.set_prepared_statement_cache_capacity(64);
-        // WAL with FULL: a commit is on the disk before it is answered, and a power cut loses only what was not answered; `begin` makes
-        // exceptions.
+        // FULL for what is done here; from then on the flusher puts commits on the disk.
         // Small pages, because a commit writes whole ones and SD cards wear: about 31 kB an image instead of 82 with pages of 4096 bytes. A new
         // database only; and a checkpoint every 4 MB, as with the larger pages.
         conn.execute_batch(
@@ -355,6 +352,7 @@ impl Ledger {
             |row| row.get(0),
         )?;
         let (outbox, parked) = count_messages(&conn)?;
+        conn.pragma_update(None, "synchronous", "NORMAL")?;
         let data_version = data_version(&conn)?;
         let suspects = conn.query_row(
             "SELECT EXISTS (SELECT 1 FROM scan WHERE (done_at IS NULL OR again = 1) AND attempts > 0)",
@@ -369,7 +367,6 @@ impl Ledger {
             suspects,
             damaged: false,
             data_version,
-            synced: Survives::PowerCut,
         })
     }
 
@@ -407,7 +404,6 @@ impl Ledger {
             suspects: false,
             damaged: false,
             data_version: 0,
-            synced: Survives::PowerCut,
         })
     }
 
@@ -437,17 +433,8 @@ impl Ledger {
         result
     }
 
-    /// Begins a transaction; what it is to survive decides whether its commit waits for the disk.
-    pub(super) fn begin(&mut self, survives: Survives) -> Result<()> {
-        if self.synced != survives {
-            // In WAL mode NORMAL leaves the log to the system until a later FULL commit or a checkpoint syncs all of it.
-            let level = match survives {
-                Survives::Process => "NORMAL",
-                Survives::PowerCut => "FULL",
-            };
-            self.conn.pragma_update(None, "synchronous", level)?;
-            self.synced = survives;
-        }
+    /// Begins a transaction.
+    pub(super) fn begin(&mut self) -> Result<()> {
         // Immediate: the write lock is taken here, not half-way through, where waiting for it is not possible.
         let begun = self.conn.execute_batch("BEGIN IMMEDIATE");
         self.note_damage(begun.map_err(StoreError::from))
@@ -489,6 +476,11 @@ impl Ledger {
             self.conn.execute_batch("RELEASE call")?;
         }
         result
+    }
+
+    /// A mark that grows with whatever is written here.
+    pub(super) fn written(&self) -> u64 {
+        self.conn.total_changes()
     }
 
     pub(super) fn close(self) {
@@ -1029,7 +1021,7 @@ impl Ledger {
     }
 
     fn alone<R>(&mut self, call: impl FnOnce(&mut Self) -> Result<R>) -> Result<R> {
-        self.begin(Survives::PowerCut)?;
+        self.begin()?;
         let done = self.in_savepoint(call);
         self.commit()?;
         done

@@ -17,13 +17,16 @@
 //!   did not take it while it took others.
 //! - A claim is written before a byte of the file is decoded, so a file that kills the process is counted. It need not reach the disk
 //!   ([`Survives::Process`]): a power cut is not the file's fault.
+//! - Nothing leaves the appliance that a power cut could undo: what the publisher reads is on the disk when it gets it.
 //! - The `file` table is only a shortcut (path and stamp → scan); deleting it costs hashing, never a result.
 //!
 //! One thread owns the database ([`Store`]); every call is a closure over [`Ledger`] that runs there. All calls that wait at
-//! the same time share one transaction and one `fsync`, and each gets its answer only after the commit. Another process may read, and may
+//! the same time share one transaction, and each gets its answer only after the commit, and after the disk has it where it must survive a power
+//! cut ([`Survives`], `flush`). Another process may read, and may
 //! mark scans to be classified again ([`Ledger::queue`]) and bring parked messages back ([`Ledger::retry`]): in a transaction of its own,
 //! which the owner notices ([`Ledger::written_elsewhere`]).
 
+mod flush;
 mod history;
 mod ledger;
 mod models;
@@ -35,6 +38,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::oneshot;
 
+use flush::Flusher;
 pub use history::{Changes, History, HistoryReader, Retention};
 pub use ledger::{
     Claim, Ledger, NewOutcome, Parked, PictureOutcome, Recorded, Rejected, Selection, StudyGroup,
@@ -117,9 +121,11 @@ struct Job {
 /// What a call's effect outlives once it is answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Survives {
-    /// The death of the process; a power cut may undo it, and what came after it with it.
+    /// The death of the process. A power cut may undo it until something else is put on the disk, which takes about a second at most.
     Process,
-    /// A power cut.
+    /// The death of the process, and a power cut as soon as the disk has taken it; that begins at once.
+    PowerCutSoon,
+    /// A power cut, and so does everything that it could see.
     PowerCut,
 }
 
@@ -164,13 +170,15 @@ impl Store {
             other => (other?, None),
         };
         let suspects = ledger.suspects();
+        let flusher = Flusher::start(&path, ledger.written())
+            .map_err(|e| StoreError::Other(format!("cannot start its flusher: {e}")))?;
         let (jobs, queue) = std::sync::mpsc::sync_channel(QUEUE);
         let outbox = Arc::new(AtomicU64::new(ledger.outbox_len()));
         let parked = Arc::new(AtomicU64::new(ledger.parked_len()));
         let shared = (outbox.clone(), parked.clone());
         let thread = std::thread::Builder::new()
             .name("store".into())
-            .spawn(move || serve(ledger, &queue, &shared, &marker))
+            .spawn(move || serve(ledger, flusher, &queue, &shared, &marker))
             .map_err(|e| StoreError::Other(format!("cannot start its thread: {e}")))?;
         Ok(Opened {
             store: Self {
@@ -194,12 +202,21 @@ impl Store {
         self.parked.load(Ordering::Relaxed)
     }
 
-    /// Runs `call` in the store thread, from async code; answers after the commit.
+    /// Runs `call` in the store thread, from async code; answers when it and all that it could see is on the disk.
     pub async fn call<R: Send + 'static>(
         &self,
         call: impl FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
     ) -> Result<R, StoreError> {
-        let (job, answer) = job(Survives::PowerCut, call);
+        self.call_that(Survives::PowerCut, call).await
+    }
+
+    /// As [`Store::call`]; answers when it `survives` what it is to survive.
+    pub async fn call_that<R: Send + 'static>(
+        &self,
+        survives: Survives,
+        call: impl FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
+    ) -> Result<R, StoreError> {
+        let (job, answer) = job(survives, call);
         match self.jobs.try_send(job) {
             Ok(()) => {}
             Err(std::sync::mpsc::TrySendError::Full(job)) => {
@@ -214,16 +231,16 @@ impl Store {
         answer.await.unwrap_or(Err(StoreError::Closed))
     }
 
-    /// Runs `call` in the store thread, from a worker thread; answers after the commit.
+    /// As [`Store::call`], from a worker thread.
     pub fn call_blocking<R: Send + 'static>(
         &self,
         call: impl FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
     ) -> Result<R, StoreError> {
-        self.call_that(Survives::PowerCut, call)
+        self.call_blocking_that(Survives::PowerCut, call)
     }
 
-    /// As [`Store::call_blocking`]; with [`Survives::Process`] without waiting for the disk.
-    pub fn call_that<R: Send + 'static>(
+    /// As [`Store::call_that`], from a worker thread.
+    pub fn call_blocking_that<R: Send + 'static>(
         &self,
         survives: Survives,
         call: impl FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
@@ -250,44 +267,42 @@ fn job<R: Send + 'static>(
     (Job { run, survives }, answer)
 }
 
-/// The store thread: takes whatever waits, runs it in one transaction, commits, answers. A call that is to survive a power cut does not join
-/// a transaction that need not.
+/// The store thread: takes whatever waits, runs it in one transaction, commits, has it answered.
 ///
-/// Damage ends it: every later call is answered with [`StoreError::Closed`], the daemon stops, and the next start sets the database aside.
+/// Damage, or a disk that fails, ends it: every later call is answered with [`StoreError::Closed`], the daemon stops, and the next start sets a
+/// damaged database aside.
 fn serve(
     mut ledger: Ledger,
+    flusher: Flusher,
     queue: &std::sync::mpsc::Receiver<Job>,
     (outbox, parked): &(Arc<AtomicU64>, Arc<AtomicU64>),
     marker: &Path,
 ) {
-    let mut next = None;
-    while let Some(first) = next.take().or_else(|| queue.recv().ok()) {
-        let survives = first.survives;
-        if let Err(error) = ledger.begin(survives) {
+    while let Ok(first) = queue.recv() {
+        if let Err(error) = ledger.begin() {
             (first.run)(&mut ledger)(Err(error));
         } else {
-            let mut replies = vec![(first.run)(&mut ledger)];
-            while replies.len() < BATCH {
-                let Ok(job) = queue.try_recv() else { break };
-                if job.survives > survives {
-                    next = Some(job);
-                    break;
-                }
-                replies.push((job.run)(&mut ledger));
+            let mut replies = vec![(first.survives, (first.run)(&mut ledger))];
+            while replies.len() < BATCH
+                && let Ok(job) = queue.try_recv()
+            {
+                replies.push((job.survives, (job.run)(&mut ledger)));
             }
             let committed = ledger.commit();
             outbox.store(ledger.outbox_len(), Ordering::Relaxed);
             parked.store(ledger.parked_len(), Ordering::Relaxed);
-            for reply in replies {
-                reply(committed.clone());
-            }
+            flusher.answer(ledger.written(), &committed, replies);
         }
         if ledger.damaged() {
             tracing::error!("the ledger is damaged; stopping, the next start sets it aside");
             let _ = std::fs::write(marker, b"");
             return;
         }
+        if flusher.failed() {
+            return;
+        }
     }
+    flusher.end();
     ledger.close();
 }
 

@@ -1,0 +1,235 @@
+//! The flusher: puts the write-ahead log on the disk beside the thread that writes it, so that a commit need not wait, and one wait serves all
+//! commits that came before it.
+//!
+//! SQLite itself (`synchronous = NORMAL`) writes a commit to the log and leaves the disk to the system. A call whose effect must survive a
+//! power cut is answered here, after `fdatasync` of the log: of whatever was committed before it, so nobody acts on what a power cut could
+//! still undo.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::{Reply, StoreError, Survives};
+
+/// Flushes that follow one another are this far apart, so that one serves several commits when there are many. The first one does not wait.
+const APART: Duration = Duration::from_millis(10);
+
+/// What has been committed up to `mark` is to be on the disk before `replies` are given.
+struct Flush {
+    mark: u64,
+    replies: Vec<Reply>,
+}
+
+/// A handle to the flusher's thread.
+#[derive(Debug)]
+pub(super) struct Flusher {
+    queue: Sender<Flush>,
+    state: Arc<State>,
+    thread: JoinHandle<()>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// What has been committed up to this mark is on the disk.
+    flushed: AtomicU64,
+    /// The disk did not take the log. What it holds of it is not known any more, and another try could succeed without having written it.
+    failed: AtomicBool,
+}
+
+impl Flusher {
+    /// Starts it for the write-ahead log of the open database at `database`, of which everything is on the disk up to `mark`.
+    pub(super) fn start(database: &Path, mark: u64) -> std::io::Result<Self> {
+        let mut log = database.as_os_str().to_owned();
+        log.push("-wal");
+        let log = File::open(log)?;
+        Self::start_with(mark, move || log.sync_data())
+    }
+
+    fn start_with(
+        mark: u64,
+        sync: impl FnMut() -> std::io::Result<()> + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (queue, due) = channel();
+        let state = Arc::new(State {
+            flushed: AtomicU64::new(mark),
+            failed: AtomicBool::new(false),
+        });
+        let its_own = state.clone();
+        let thread = std::thread::Builder::new()
+            .name("flusher".into())
+            .spawn(move || run(&due, sync, &its_own))?;
+        Ok(Self {
+            queue,
+            state,
+            thread,
+        })
+    }
+
+    /// Answers calls of a transaction that ended as `committed` says, after which everything up to `mark` was committed.
+    pub(super) fn answer(
+        &self,
+        mark: u64,
+        committed: &Result<(), StoreError>,
+        replies: Vec<(Survives, Reply)>,
+    ) {
+        let safe = committed.is_err() || mark <= self.state.flushed.load(Ordering::Relaxed);
+        let wanted = |survives| !safe && survives >= Survives::PowerCutSoon;
+        let begin = replies.iter().any(|(survives, _)| wanted(*survives));
+        let (later, now): (Vec<_>, Vec<_>) = replies
+            .into_iter()
+            .partition(|(survives, _)| !safe && *survives == Survives::PowerCut);
+        if begin {
+            let replies = later.into_iter().map(|(_, reply)| reply).collect();
+            // If it has ended, the replies are dropped, which says that the store is closed.
+            let _ = self.queue.send(Flush { mark, replies });
+        }
+        for (_, reply) in now {
+            reply(committed.clone());
+        }
+    }
+
+    /// Whether the disk did not take the log.
+    pub(super) fn failed(&self) -> bool {
+        self.state.failed.load(Ordering::Relaxed)
+    }
+
+    /// Flushes what waits, and ends.
+    pub(super) fn end(self) {
+        drop(self.queue);
+        let _ = self.thread.join();
+    }
+}
+
+fn run(queue: &Receiver<Flush>, mut sync: impl FnMut() -> std::io::Result<()>, state: &State) {
+    let mut last: Option<Instant> = None;
+    while let Ok(first) = queue.recv() {
+        let on_the_disk = |mark| mark <= state.flushed.load(Ordering::Relaxed);
+        if !on_the_disk(first.mark)
+            && let Some(wait) = last.and_then(|last| APART.checked_sub(last.elapsed()))
+        {
+            #[allow(
+                clippy::disallowed_methods,
+                reason = "a thread of its own that can do nothing else"
+            )]
+            std::thread::sleep(wait);
+        }
+        let due: Vec<_> = std::iter::once(first).chain(queue.try_iter()).collect();
+        let mark = due.iter().map(|flush| flush.mark).max().unwrap_or(0);
+        let mut done = Ok(());
+        if !on_the_disk(mark) {
+            let synced = sync();
+            last = Some(Instant::now());
+            match synced {
+                Ok(()) => state.flushed.store(mark, Ordering::Relaxed),
+                Err(error) => {
+                    state.failed.store(true, Ordering::Relaxed);
+                    tracing::error!(
+                        "the disk does not take the ledger ({error}); stopping, the next start goes on with what it holds; check the medium"
+                    );
+                    done = Err(StoreError::Unwritable(error.to_string()));
+                }
+            }
+        }
+        let failed = done.is_err();
+        for reply in due.into_iter().flat_map(|flush| flush.replies) {
+            reply(done.clone());
+        }
+        if failed {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// A flusher, the disk's answers to it, and a word each time that it asks the disk.
+    fn flusher() -> (Flusher, mpsc::Sender<io::Result<()>>, mpsc::Receiver<()>) {
+        let (disk, taken) = mpsc::channel();
+        let (asks, asked) = mpsc::channel();
+        let sync = move || {
+            let _ = asks.send(());
+            taken.recv().expect("the test is still there")
+        };
+        (Flusher::start_with(0, sync).unwrap(), disk, asked)
+    }
+
+    fn ask(
+        flusher: &Flusher,
+        mark: u64,
+        survives: &[Survives],
+    ) -> mpsc::Receiver<Result<(), StoreError>> {
+        let (answers, answered) = mpsc::channel();
+        let reply = |survives: &Survives| {
+            let answers = answers.clone();
+            let reply: Reply = Box::new(move |answer| answers.send(answer).unwrap());
+            (*survives, reply)
+        };
+        flusher.answer(mark, &Ok(()), survives.iter().map(reply).collect());
+        answered
+    }
+
+    fn come(answers: &mpsc::Receiver<Result<(), StoreError>>) -> usize {
+        answers
+            .try_iter()
+            .inspect(|answer| assert!(answer.is_ok()))
+            .count()
+    }
+
+    const SOON: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn who_waits_for_the_disk_is_answered_after_it_and_the_others_at_once() {
+        use Survives::{PowerCut, PowerCutSoon, Process};
+        let (flusher, disk, asked) = flusher();
+        let first = ask(&flusher, 3, &[Process, PowerCut, PowerCutSoon]);
+        asked.recv_timeout(SOON).unwrap();
+        assert_eq!(come(&first), 2);
+        // These were committed while the first flush was on its way, or nothing was written since.
+        let second = ask(&flusher, 5, &[PowerCut]);
+        let third = ask(&flusher, 5, &[PowerCut, Process]);
+        assert_eq!((come(&second), come(&third)), (0, 1));
+        disk.send(Ok(())).unwrap();
+        assert!(first.recv_timeout(SOON).unwrap().is_ok());
+        // One flush for both.
+        asked.recv_timeout(SOON).unwrap();
+        assert_eq!((come(&second), come(&third)), (0, 0));
+        disk.send(Ok(())).unwrap();
+        assert!(second.recv_timeout(SOON).unwrap().is_ok());
+        assert!(third.recv_timeout(SOON).unwrap().is_ok());
+        // Nothing was written: nothing to wait for.
+        assert_eq!(come(&ask(&flusher, 5, &[PowerCut])), 1);
+        // What need not survive a power cut begins no flush, and goes with the next one.
+        assert_eq!(come(&ask(&flusher, 6, &[Process])), 1);
+        let last = ask(&flusher, 6, &[PowerCut]);
+        assert_eq!(come(&last), 0);
+        disk.send(Ok(())).unwrap();
+        assert!(last.recv_timeout(SOON).unwrap().is_ok());
+        flusher.end();
+        assert_eq!(asked.try_iter().count(), 1, "the last one");
+    }
+
+    #[test]
+    fn a_disk_that_fails_once_is_not_believed_again() {
+        let (flusher, disk, _asked) = flusher();
+        disk.send(Err(io::Error::from_raw_os_error(5))).unwrap();
+        let first = ask(&flusher, 1, &[Survives::PowerCut]);
+        let answer = first.recv_timeout(SOON).unwrap();
+        assert!(
+            matches!(answer, Err(StoreError::Unwritable(_))),
+            "{answer:?}"
+        );
+        assert!(flusher.failed());
+        // It is dropped without an answer: the store is closed.
+        let second = ask(&flusher, 2, &[Survives::PowerCut]);
+        assert!(second.recv_timeout(SOON).is_err());
+    }
+}
