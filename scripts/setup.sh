@@ -16,8 +16,9 @@ if [ "${1:-}" = --packages ]; then
     only_packages=$*
 fi
 
-# A C compiler for the bundled SQLite; pip for LiteRT's wheel; the broker and its clients, and a DICOM sender and receiver, for the tests.
-packages="gcc libc6-dev python3 python3-pip python3-venv mosquitto mosquitto-clients openssl dcmtk"
+# A C compiler for the bundled SQLite; pip for LiteRT's wheel; the broker and its clients, and a DICOM sender and receiver, another clock and a FUSE file
+# system, for the tests.
+packages="gcc libc6-dev python3 python3-pip python3-venv mosquitto mosquitto-clients openssl dcmtk faketime bindfs"
 packages=${only_packages:-$packages}
 
 say() { echo "setup: $*" >&2; }
