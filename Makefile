@@ -3,7 +3,7 @@
 CARGO ?= cargo
 SHARED_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test faults soak baseline test-tflite test-emulated test-deb test-arm64 test-board test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model model-train model-evaluate model-convert convert test-convert reference fuzz clean
+.PHONY: demo test faults soak baseline growth baseline-python instructions test-tflite test-emulated test-deb test-arm64 test-board test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model model-train model-evaluate model-convert convert test-convert reference fuzz clean
 
 ## The main job in one process: embedded broker, simulated scanner, real model (ARGS="--count 20 --rate 5")
 demo: setup
@@ -21,12 +21,24 @@ faults: setup
 soak: setup
 	$(CARGO) test --release --test it soak:: -- --ignored --nocapture
 
-## Beside a Python pipeline, from outside: latency, burst, CPU, memory (ARGS="--idle 600")
-baseline: setup
+## Beside a Python pipeline, from outside: latency, burst, CPU, memory (ARGS="--idle 600"; as on a small board: ARGS=--quarter, as root)
+baseline: setup baseline-python
+	target/baseline/bin/python benches/baseline/compare.py $(ARGS)
+
+## 100,000 images in the folder and a backlog of 50,000 messages: docs/images/growth.svg (half an hour)
+growth: setup baseline-python
+	target/baseline/bin/python benches/baseline/growth.py --plot docs/images/growth.svg $(ARGS)
+
+baseline-python:
 	$(CARGO) build --release
 	python3 -m venv target/baseline
 	target/baseline/bin/pip install -q -r benches/baseline/requirements.txt
-	target/baseline/bin/python benches/baseline/compare.py $(ARGS)
+
+## Instructions that a picture takes on ARM boards, counted under QEMU
+instructions: setup
+	@scripts/setup.sh --packages gcc libc6-dev qemu-user
+	set -e; for triple in $(EMULATED); do cross/build.sh $$triple; done
+	python3 benches/instructions/count.py $(EMULATED)
 
 ## The dashboard in a real browser
 test-browser: setup-browser

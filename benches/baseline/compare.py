@@ -1,11 +1,14 @@
 """ScanSentry beside the Python pipeline, measured from outside in one run: the same model, pictures, Mosquitto and machine.
 
-    python benches/baseline/compare.py [--program target/release/scansentry] [--rounds 3] [--idle 600] [--json FILE]
+    python benches/baseline/compare.py [--program target/release/scansentry] [--rounds 3] [--idle 600] [--quarter] [--json FILE]
 
 Each daemon is started on an empty folder; pictures are renamed into it one by one (latency: rename to message at a
 subscriber), then all at once (burst). Rounds alternate between the daemons, so that a disturbance hits all; the table has
 medians over the rounds. Times of a busy machine mean little, ratios more. Pictures: ../shared/data/mri, every K-th JPEG, or
 without it those that `scansentry simulate` draws.
+
+`--quarter` is a small board: each daemon has one CPU for a quarter of the time, in slices of some milliseconds, and 512 MB (control groups; as
+root). Broker and subscriber have the rest of the machine.
 """
 
 import argparse
@@ -28,6 +31,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 HERE = pathlib.Path(__file__).resolve().parent
 TICK = os.sysconf("SC_CLK_TCK")
 PATIENCE = 120
+
+
+def unit_environment():
+    """What systemd gives the daemon."""
+    unit = (ROOT / "systemd/scansentry.service").read_text()
+    words = [word for line in unit.splitlines() if line.startswith("Environment=") for word in line.removeprefix("Environment=").split()]
+    return dict(word.split("=", 1) for word in words)
 
 
 def free_port():
@@ -53,8 +63,8 @@ def pictures(program, data, count, folder):
 
 
 class Broker:
-    def __init__(self, folder):
-        self.port = free_port()
+    def __init__(self, folder, port=None):
+        self.port = port or free_port()
         config = folder / "mosquitto.conf"
         user = "user root\n" if os.geteuid() == 0 else ""
         config.write_text(f"listener {self.port} 127.0.0.1\nallow_anonymous true\nmax_queued_messages 0\n{user}")
@@ -117,12 +127,49 @@ def memory(pid, key):
     return total / 1024
 
 
+class SmallBoard:
+    """A control group (version 1 or 2) with one CPU for a quarter of the time, and memory."""
+
+    MEMORY = 512 << 20
+    # Short ones: with the kernel's 100 ms, all work of a picture could fall into one slice, or wait for the next.
+    PERIOD_US, QUOTA_US = 8000, 2000
+
+    def __init__(self):
+        root, name = pathlib.Path("/sys/fs/cgroup"), f"scansentry-bench-{os.getpid()}"
+        if (root / "cgroup.controllers").exists():
+            (root / "cgroup.subtree_control").write_text("+cpu +cpuset +memory")
+            limits = {
+                root: {"cpuset.cpus": "0", "cpu.max": f"{self.QUOTA_US} {self.PERIOD_US}", "memory.max": self.MEMORY},
+            }
+        else:
+            limits = {
+                root / "cpuset": {"cpuset.cpus": "0", "cpuset.mems": "0"},
+                root / "cpu": {"cpu.cfs_period_us": self.PERIOD_US, "cpu.cfs_quota_us": self.QUOTA_US},
+                root / "memory": {"memory.limit_in_bytes": self.MEMORY},
+            }
+        self.groups = [above / name for above in limits]
+        for group, values in zip(self.groups, limits.values()):
+            group.mkdir(exist_ok=True)
+            for key, value in values.items():
+                (group / key).write_text(str(value))
+
+    def enter(self):
+        for group in self.groups:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    def remove(self):
+        for group in self.groups:
+            group.rmdir()
+
+
 class Daemon:
-    def __init__(self, command, environment, folder):
+    def __init__(self, command, environment, folder, board=None):
         self.folder, self.number = folder, 0
+        self.environment = os.environ | environment
         start = time.perf_counter()
         # Both say "ready", one on each stream.
-        self.process = subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        self.process = subprocess.Popen(command, env=self.environment, preexec_fn=board and board.enter, **streams)
         for line in self.process.stdout:
             if "ready" in line:
                 break
@@ -143,29 +190,29 @@ class Daemon:
         self.process.wait(30)
 
 
-def start(kind, args, broker, folder):
+def start(kind, args, broker, folder, board=None):
     export = folder / "export"
-    export.mkdir(parents=True)
+    export.mkdir(parents=True, exist_ok=True)
     if kind == "scansentry":
-        environment = {
+        environment = unit_environment() | {
             "SCANSENTRY__WATCH__FOLDER": str(export),
             "SCANSENTRY__STATE__DIR": str(folder / "state"),
             "SCANSENTRY__MODEL__BUNDLE": str(args.bundle),
             "SCANSENTRY__MQTT__URL": f"mqtt://127.0.0.1:{broker.port}",
             "SCANSENTRY__ALERT__ENABLED": "false",
         }
-        return Daemon([args.program, "run"], environment, export)
+        return Daemon([args.program, "run"], environment, export, board)
     command = [sys.executable, HERE / "pipeline.py", "--folder", export, "--bundle", args.bundle, "--port", str(broker.port)]
     workers = {"python": 1, "python, 2 workers": 2}[kind]
-    return Daemon([*command, "--workers", str(workers)], {}, export)
+    return Daemon([*command, "--workers", str(workers)], {}, export, board)
 
 
-def measure(kind, args, images, idle):
+def measure(kind, args, images, idle, board):
     """One round with one daemon."""
     folder = pathlib.Path(tempfile.mkdtemp(dir=args.dir))
     broker = Broker(folder)
     subscriber = Subscriber(broker.port)
-    daemon = start(kind, args, broker, folder)
+    daemon = start(kind, args, broker, folder, board)
     pid = daemon.process.pid
     singles, burst = images[: args.singles], images[args.singles :]
     try:
@@ -219,21 +266,26 @@ def main():
     args.add_argument("--singles", type=int, default=200)
     args.add_argument("--burst", type=int, default=500)
     args.add_argument("--idle", type=float, default=0, help="seconds without a picture at the end of the first round of each daemon")
+    args.add_argument("--quarter", action="store_true", help="as on a small board: one CPU for a quarter of the time, 512 MB")
     args.add_argument("--dir", help="where the folders lie; default: the system's temporary folder")
     args.add_argument("--json", type=pathlib.Path)
     args = args.parse_args()
+    board = SmallBoard() if args.quarter else None
     with tempfile.TemporaryDirectory() as scratch:
         images, source = pictures(args.program, args.data, args.singles + args.burst, pathlib.Path(scratch))
     kinds = ["python", "python, 2 workers", "scansentry"]
     rounds = {kind: [] for kind in kinds}
     for number in range(args.rounds):
         for kind in kinds:
-            rounds[kind].append(measure(kind, args, images, args.idle if number == 0 else 0))
+            rounds[kind].append(measure(kind, args, images, args.idle if number == 0 else 0, board))
             print(f"round {number + 1}, {kind}", file=sys.stderr)
+    if board:
+        board.remove()
     medians = {
         kind: {name: statistics.median(r[name] for r in of if name in r) for name in of[0]} for kind, of in rounds.items()
     }
-    print(f"{len(images)} {source}, {args.rounds} rounds, {os.cpu_count()} cores, {model_name()}\n")
+    machine = "a quarter of one core, 512 MB" if board else f"{os.cpu_count()} cores"
+    print(f"{len(images)} {source}, {args.rounds} rounds, {machine}, {model_name()}\n")
     print("| | " + " | ".join(kinds) + " | ratio to python |")
     print("|---|" + "---|" * (len(kinds) + 1))
     for name in medians["python"]:
