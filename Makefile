@@ -3,7 +3,7 @@
 CARGO ?= cargo
 SHARED_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test faults soak baseline test-tflite test-emulated test-deb test-arm64 test-board test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model model-train model-evaluate model-convert convert test-convert reference fuzz clean
+.PHONY: demo test faults soak fleet baseline test-tflite test-emulated test-deb test-arm64 test-board test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model model-train model-evaluate model-convert convert test-convert reference fuzz clean
 
 ## The main job in one process: embedded broker, simulated scanner, real model (ARGS="--count 20 --rate 5")
 demo: setup
@@ -20,6 +20,11 @@ faults: setup
 ## An hour at full speed and at an image a minute: memory, descriptors, threads, ledger (SOAK_MINUTES=60)
 soak: setup
 	$(CARGO) test --release --test it soak:: -- --ignored --nocapture
+
+## A broker, a dashboard and 1000 simulated appliances with a result a second each: losses, lag, memory, processor
+## (FLEET_APPLIANCES=1000 FLEET_SECONDS=60 FLEET_BURST=10, FLEET_IN_STEP=1 for all bursts at once, FLEET_QUEUE=1000 for Mosquitto's own limit)
+fleet: build
+	SCANSENTRY_PROGRAM=$(CURDIR)/target/release/scansentry $(CARGO) test --test it fleet::a_thousand -- --ignored --nocapture
 
 ## Beside a Python pipeline, from outside: latency, burst, CPU, memory (ARGS="--idle 600")
 baseline: setup

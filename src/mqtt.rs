@@ -592,6 +592,14 @@ impl Session {
         }
     }
 
+    /// Gives up a topic filter that an earlier connection of a persistent session has asked for; one that is not there does not matter.
+    pub async fn unsubscribe(&mut self, filter: &str) -> Result<(), Gone> {
+        match &self.client {
+            Client::V4(client) => client.unsubscribe(filter).await.map_err(|_| Gone),
+            Client::V5(client) => client.unsubscribe(filter).await.map_err(|_| Gone),
+        }
+    }
+
     /// Whether the broker has refused a subscription of this session; a warning in the log says why.
     pub fn refused(&self) -> bool {
         self.said.subscription_refused.load(Ordering::Relaxed)
@@ -631,6 +639,8 @@ impl Session {
     }
 }
 
+const CHECK_RULES: &str = "check its access rules";
+
 /// Pairs packet ids with tickets: ids in the order in which they were sent, tickets counting up.
 #[derive(Default)]
 struct Tickets {
@@ -649,8 +659,8 @@ impl Tickets {
     }
 }
 
-fn refuse_subscription(said: &Said, reason: &str) {
-    tracing::warn!("the broker refuses a subscription ({reason}); check its access rules");
+fn refuse_subscription(said: &Said, reason: &str, hint: &str) {
+    tracing::warn!("the broker refuses a subscription ({reason}); {hint}");
     said.subscription_refused.store(true, Ordering::Relaxed);
 }
 
@@ -675,7 +685,7 @@ async fn poll_v4(
             },
             Ok(E::Incoming(Packet::SubAck(ack))) => {
                 if ack.return_codes.contains(&SubscribeReasonCode::Failure) {
-                    refuse_subscription(&said, "no reason given");
+                    refuse_subscription(&said, "no reason given", CHECK_RULES);
                 }
                 continue;
             }
@@ -725,7 +735,12 @@ async fn poll_v5(mut event_loop: v5::EventLoop, events: Events, receipts: bool, 
                 let failed =
                     |c: &&SubscribeReasonCode| !matches!(c, SubscribeReasonCode::Success(_));
                 if let Some(code) = ack.return_codes.iter().find(failed) {
-                    refuse_subscription(&said, &format!("{code:?}"));
+                    let hint = if *code == SubscribeReasonCode::SharedSubscriptionsNotSupported {
+                        "leave out dashboard.share, or use a broker that has shared subscriptions"
+                    } else {
+                        CHECK_RULES
+                    };
+                    refuse_subscription(&said, &format!("{code:?}"), hint);
                 }
                 continue;
             }

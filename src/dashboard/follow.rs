@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::subscriptions::Subscriptions;
 use super::{Broker, Order, now_ms};
 use crate::config::Config;
 use crate::history::{ApplianceKey, Received, parse};
@@ -102,6 +103,7 @@ struct Hands {
     unsent: Changes,
     sent_at: Instant,
     orders: HashMap<Ticket, (Instant, oneshot::Sender<Result<(), Refusal>>)>,
+    subscriptions: Subscriptions,
     prune_at: Instant,
 }
 
@@ -127,6 +129,7 @@ impl Follow {
             unsent: Changes::default(),
             sent_at: now,
             orders: HashMap::new(),
+            subscriptions: Subscriptions::load(&self.config),
             prune_at: now,
         };
         let mut warned = false;
@@ -248,7 +251,7 @@ impl Follow {
                 event = session.next() => match event {
                     Event::Connected => {
                         connected = true;
-                        if self.subscribe(session).await.is_err() {
+                        if hands.subscriptions.ask(session).await.is_err() {
                             return Ended::Lost("the connection has ended".into());
                         }
                         tracing::info!(broker = self.settings.broker(), "dashboard: connected to the broker");
@@ -288,7 +291,7 @@ impl Follow {
                     }
                     hands.orders.retain(|_, (since, _)| since.elapsed() < ORDER_PATIENCE);
                     if session.refused() {
-                        let line = "it refuses a subscription; check its access rules";
+                        let line = "it refuses a subscription; check its access rules, and whether it has shared subscriptions where dashboard.share is set";
                         self.broker.send_modify(|broker| broker.reason = Some(line.into()));
                     }
                     self.tick();
@@ -296,22 +299,6 @@ impl Follow {
                 }
             }
         }
-    }
-
-    async fn subscribe(&self, session: &mut Session) -> Result<(), crate::mqtt::Gone> {
-        let prefix = &self.config.mqtt.topic_prefix;
-        for kind in ["status", "health", "result", "alert", "study"] {
-            session
-                .subscribe(&format!("{prefix}/+/+/{kind}"), true)
-                .await?;
-        }
-        session
-            .subscribe(&format!("{prefix}/+/+/ack/+"), true)
-            .await?;
-        // A preview that nobody hears is not worth the broker's memory.
-        session
-            .subscribe(&format!("{prefix}/+/+/preview"), false)
-            .await
     }
 
     fn hear(
