@@ -22,7 +22,8 @@ soak: setup
 	$(CARGO) test --release --test it soak:: -- --ignored --nocapture
 
 ## A broker, a dashboard and 1000 simulated appliances with a result a second each: losses, lag, memory, processor
-## (FLEET_APPLIANCES=1000 FLEET_SECONDS=60 FLEET_BURST=10, FLEET_IN_STEP=1 for all bursts at once, FLEET_QUEUE=1000 for Mosquitto's own limit)
+## (FLEET_APPLIANCES=1000 FLEET_SECONDS=60 FLEET_BURST=10, FLEET_IN_STEP=1 for all bursts at once,
+## FLEET_ROWS=20000 for a history that forgets meanwhile, FLEET_BROKER="max_queued_messages 1000" for more of Mosquitto's configuration)
 fleet: build
 	SCANSENTRY_PROGRAM=$(CURDIR)/target/release/scansentry $(CARGO) test --test it fleet::a_thousand -- --ignored --nocapture
 
