@@ -38,6 +38,13 @@ const MAX_PACKET: usize = 1 << 20;
 /// Bytes of incoming messages that may wait to be taken. With QoS 1 no broker that keeps to its window comes near it.
 const MAX_WAITING: usize = 32 << 20;
 
+/// Above so many the connection is read slowly, so that the broker is held up by TCP: Mosquitto 2.0 does not keep to the window that it is told
+/// once the first message was confirmed, and sends all that it has.
+const MUCH_WAITING: usize = 4 << 20;
+
+/// The pause after each event then. Short, because acknowledgements and pings go out in between.
+const PAUSE: Duration = Duration::from_millis(1);
+
 /// Requests queued inside the client besides the messages in flight: status, health, subscriptions, disconnect.
 const SPARE_REQUESTS: usize = 16;
 
@@ -338,6 +345,13 @@ impl Events {
         };
         let last = matches!(event, Event::Lost(_));
         self.queue.send(event).is_ok() && !last
+    }
+
+    /// Gives the other side time when much waits for it.
+    async fn ease(&self) {
+        if self.waiting.load(Ordering::Relaxed) > MUCH_WAITING {
+            tokio::time::sleep(PAUSE).await;
+        }
     }
 }
 
@@ -674,6 +688,7 @@ async fn poll_v4(
     let mut tickets = Tickets::default();
     let mut connected = false;
     loop {
+        events.ease().await;
         let event = match event_loop.poll().await {
             Ok(E::Incoming(Packet::ConnAck(_))) => {
                 connected = true;
@@ -716,6 +731,7 @@ async fn poll_v5(mut event_loop: v5::EventLoop, events: Events, receipts: bool, 
     let mut tickets = Tickets::default();
     let mut connected = false;
     loop {
+        events.ease().await;
         let event = match event_loop.poll().await {
             Ok(E::Incoming(Packet::ConnAck(answer))) => {
                 connected = true;

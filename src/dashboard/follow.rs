@@ -1,8 +1,8 @@
 //! Follows the appliances: messages into the history, changes to the pages, acknowledgements to the broker.
 //!
-//! What has arrived and is not stored yet is bounded: above QoS 0 by the broker, which sends at most
-//! [`RECEIVE_MAXIMUM`](crate::mqtt::RECEIVE_MAXIMUM) messages that were not confirmed, at QoS 0 by [`UNCONFIRMED`], and previews by
-//! [`PREVIEWS`]. A history that cannot be written is tried again with the same batch; the broker keeps the rest. With a lost connection goes what
+//! What has arrived and is not stored yet is bounded: above QoS 0 by the broker, which is told to send at most
+//! [`RECEIVE_MAXIMUM`](crate::mqtt::RECEIVE_MAXIMUM) messages that were not confirmed, and by [`MOST`], because not every broker keeps to that; at
+//! QoS 0 by [`UNCONFIRMED`], and previews by [`PREVIEWS`]. A history that cannot be written is tried again with the same batch; the broker keeps the rest. With a lost connection goes what
 //! the broker sends again on the next one.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -30,6 +30,8 @@ use crate::store::{Changes, History, HistoryReader, Retention, StoreError};
 const GATHER: Duration = Duration::from_millis(20);
 /// So many do not wait for more.
 const ENOUGH: usize = 128;
+/// Messages that wait to be stored; further ones are not taken from the connection meanwhile.
+const MOST: usize = 512;
 /// Pages hear of changes at most this often.
 const FLUSH: Duration = Duration::from_millis(200);
 /// Most previews that wait to be stored.
@@ -258,7 +260,7 @@ impl Follow {
             let may_flush = hands.has_unsent();
             tokio::select! {
                 () = stop.cancelled() => return Ended::Stop,
-                event = session.next() => match event {
+                event = session.next(), if hands.pending.len() < MOST => match event {
                     Event::Connected => {
                         connected = true;
                         if hands.subscriptions.ask(session).await.is_err() {

@@ -108,7 +108,7 @@ fn filters(prefix: &str, follow: &[String], share: &str) -> Vec<(String, bool)> 
 }
 
 fn write(path: &Path, filters: &BTreeSet<String>) -> io::Result<()> {
-    let text: String = filters.iter().map(|filter| format!("{filter}\n")).collect();
+    let text: String = filters.iter().flat_map(|filter| [filter, "\n"]).collect();
     let temporary = path.with_extension("new");
     std::fs::write(&temporary, text)?;
     std::fs::rename(&temporary, path)
