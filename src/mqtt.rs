@@ -40,7 +40,7 @@ const MAX_WAITING: usize = 32 << 20;
 
 /// Above so many the connection is read slowly, so that the broker is held up by TCP: Mosquitto 2.0 does not keep to the window that it is told
 /// once the first message was confirmed, and sends all that it has.
-const MUCH_WAITING: usize = 4 << 20;
+const MUCH_WAITING: usize = 16 << 20;
 
 /// The pause after each event then. Short, because acknowledgements and pings go out in between.
 const PAUSE: Duration = Duration::from_millis(1);
