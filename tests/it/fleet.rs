@@ -393,11 +393,8 @@ fn a_bridge_passes_on_everything_although_the_link_is_cut() {
     wait_for("the states", || {
         states(&server) == BTreeMap::from([("stopped".to_owned(), 6)])
     });
-    assert_eq!(
-        alerts(&server).0 * 2 - 6,
-        sent.alerts,
-        "all but the last study's are closed"
-    );
+    // One picture of these is positive, in the first study of the first appliance, which is over.
+    assert_eq!((alerts(&server), sent.alerts), ((1, 1), 2));
     let passed = far.of_kind("result");
     let properties = |m: &Arrived| {
         m.user.contains("schema:scansentry/result/1") && m.content_type == "application/json"
