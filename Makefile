@@ -3,7 +3,7 @@
 CARGO ?= cargo
 SHARED_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test faults soak baseline growth baseline-python instructions test-tflite test-emulated test-deb test-arm64 test-board test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model model-train model-evaluate model-convert convert test-convert reference fuzz clean
+.PHONY: demo test faults soak fleet baseline growth baseline-python instructions test-tflite test-emulated test-deb test-arm64 test-board test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model model-train model-evaluate model-convert convert test-convert reference fuzz clean
 
 ## The main job in one process: embedded broker, simulated scanner, real model (ARGS="--count 20 --rate 5")
 demo: setup
@@ -21,16 +21,21 @@ faults: setup
 soak: setup
 	$(CARGO) test --release --test it soak:: -- --ignored --nocapture
 
+## A broker, a dashboard and 1000 simulated appliances with a result a second each: losses, lag, memory, processor
+## (FLEET_APPLIANCES=1000 FLEET_SECONDS=60 FLEET_BURST=10, FLEET_IN_STEP=1 for all bursts at once,
+## FLEET_ROWS=20000 for a history that forgets meanwhile, FLEET_BROKER="max_queued_messages 1000" for more of Mosquitto's configuration)
+fleet: build
+	SCANSENTRY_PROGRAM=$(CURDIR)/target/release/scansentry $(CARGO) test --test it fleet::a_thousand -- --ignored --nocapture
+
 ## Beside a Python pipeline, from outside: latency, burst, CPU, memory (ARGS="--idle 600"; as on a small board: ARGS=--quarter, as root)
-baseline: setup baseline-python
+baseline: build baseline-python
 	target/baseline/bin/python benches/baseline/compare.py $(ARGS)
 
 ## 100,000 images in the folder and a backlog of 50,000 messages: docs/images/growth.svg (half an hour)
-growth: setup baseline-python
+growth: build baseline-python
 	target/baseline/bin/python benches/baseline/growth.py --plot docs/images/growth.svg $(ARGS)
 
 baseline-python:
-	$(CARGO) build --release
 	python3 -m venv target/baseline
 	target/baseline/bin/pip install -q -r benches/baseline/requirements.txt
 

@@ -61,7 +61,7 @@ scripts/third-party.py "$triple" $features >"$stage/doc/THIRD-PARTY"
 gzip -9n "$stage/doc/THIRD-PARTY"
 gzip -9nc config/scansentry.toml >"$stage/doc/scansentry.toml.gz"
 cp systemd/README.md "$stage/doc/systemd.md"
-cp docs/rollout.md docs/degraded.md docs/threat-model.md "$stage/doc/"
+cp docs/rollout.md docs/fleet.md docs/degraded.md docs/threat-model.md "$stage/doc/"
 gzip -9n "$stage"/doc/*.md
 gzip -9nc CHANGELOG.md >"$stage/doc/changelog.gz"
 

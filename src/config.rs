@@ -366,6 +366,8 @@ pub struct Dashboard {
     pub max_rows: u64,
     pub preview_bytes: u64,
     pub session_s: u32,
+    pub follow: Vec<String>,
+    pub share: String,
     pub upload: Upload,
     pub upload_files: usize,
 }
@@ -632,12 +634,7 @@ impl Config {
             ("device.id", &self.device.id),
             ("device.site", &self.device.site),
         ] {
-            if value.is_empty()
-                || value.len() > 64
-                || !value
-                    .chars()
-                    .all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
-            {
+            if !is_topic_level(value) {
                 fail(format!(
                     "{key}: {value:?} is not a valid name; use 1-64 letters, digits, - and _"
                 ));
@@ -754,6 +751,26 @@ impl Config {
             fail(format!(
                 "dashboard.name: {name:?} is not a valid name; use up to 64 letters, digits, -, _ and ."
             ));
+        }
+        for entry in &self.dashboard.follow {
+            let mut names = entry.splitn(2, '/');
+            if !names.all(is_topic_level) {
+                fail(format!(
+                    "dashboard.follow: {entry:?} is neither SITE nor SITE/DEVICE; use the names of device.site and device.id"
+                ));
+            }
+        }
+        let share = &self.dashboard.share;
+        if !share.is_empty() && !is_topic_level(share) {
+            fail(format!(
+                "dashboard.share: {share:?} is not a valid name of a group; use up to 64 letters, digits, - and _"
+            ));
+        }
+        if !share.is_empty() && self.mqtt.protocol == 4 {
+            fail(
+                "dashboard.share: needs MQTT 5, but mqtt.protocol is 4; leave one of them out"
+                    .into(),
+            );
         }
         if self
             .dashboard
@@ -895,6 +912,12 @@ impl Quality {
             }
         }
     }
+}
+
+/// Whether `text` can be a site or a device in a topic.
+fn is_topic_level(text: &str) -> bool {
+    let valid = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    (1..=64).contains(&text.len()) && text.chars().all(valid)
 }
 
 fn default_of(key: &str) -> String {
@@ -1434,6 +1457,41 @@ mod tests {
                     "{url} {more}: {found}"
                 );
             }
+        }
+    }
+
+    #[test]
+    fn what_a_dashboard_follows_and_shares() {
+        for (text, refused) in [
+            (
+                "[dashboard]\nfollow = ['radiology', 'ward/mri-1']\nshare = 'desks'",
+                "",
+            ),
+            (
+                "[dashboard]\nfollow = ['radiology/+']",
+                "dashboard.follow: \"radiology/+\"",
+            ),
+            (
+                "[dashboard]\nfollow = ['a/b/c']",
+                "is neither SITE nor SITE/DEVICE",
+            ),
+            ("[dashboard]\nfollow = ['']", "dashboard.follow: \"\""),
+            (
+                "[dashboard]\nshare = 'a/b'",
+                "dashboard.share: \"a/b\" is not a valid name",
+            ),
+            (
+                "[dashboard]\nshare = 'desks'\n[mqtt]\nprotocol = 4",
+                "dashboard.share: needs MQTT 5",
+            ),
+        ] {
+            let problems = load_text(text, &[]).map_or_else(|p| p.to_string(), |_| String::new());
+            assert!(problems.contains(refused), "{text}: {problems}");
+            assert_eq!(
+                problems.is_empty(),
+                refused.is_empty(),
+                "{text}: {problems}"
+            );
         }
     }
 

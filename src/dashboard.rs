@@ -10,6 +10,7 @@
 
 mod follow;
 mod page;
+mod subscriptions;
 mod upload;
 
 use std::sync::Arc;
@@ -114,6 +115,8 @@ impl Dashboard {
             orders: orders_tx,
             broker: broker.clone(),
             name: self.name.clone(),
+            share: self.config.dashboard.share.clone(),
+            follow: self.config.dashboard.follow.clone(),
             inbox: self.inbox.map(Arc::new),
         });
         let url = server.url();

@@ -38,6 +38,13 @@ const MAX_PACKET: usize = 1 << 20;
 /// Bytes of incoming messages that may wait to be taken. With QoS 1 no broker that keeps to its window comes near it.
 const MAX_WAITING: usize = 32 << 20;
 
+/// Above so many the connection is read slowly, so that the broker is held up by TCP: Mosquitto 2.0 does not keep to the window that it is told
+/// once the first message was confirmed, and sends all that it has.
+const MUCH_WAITING: usize = 16 << 20;
+
+/// The pause after each event then. Short, because acknowledgements and pings go out in between.
+const PAUSE: Duration = Duration::from_millis(1);
+
 /// Requests queued inside the client besides the messages in flight: status, health, subscriptions, disconnect.
 const SPARE_REQUESTS: usize = 16;
 
@@ -339,6 +346,13 @@ impl Events {
         let last = matches!(event, Event::Lost(_));
         self.queue.send(event).is_ok() && !last
     }
+
+    /// Gives the other side time when much waits for it.
+    async fn ease(&self) {
+        if self.waiting.load(Ordering::Relaxed) > MUCH_WAITING {
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
 }
 
 /// The session is gone.
@@ -592,6 +606,14 @@ impl Session {
         }
     }
 
+    /// Gives up a topic filter that an earlier connection of a persistent session has asked for; one that is not there does not matter.
+    pub async fn unsubscribe(&mut self, filter: &str) -> Result<(), Gone> {
+        match &self.client {
+            Client::V4(client) => client.unsubscribe(filter).await.map_err(|_| Gone),
+            Client::V5(client) => client.unsubscribe(filter).await.map_err(|_| Gone),
+        }
+    }
+
     /// Whether the broker has refused a subscription of this session; a warning in the log says why.
     pub fn refused(&self) -> bool {
         self.said.subscription_refused.load(Ordering::Relaxed)
@@ -631,6 +653,8 @@ impl Session {
     }
 }
 
+const CHECK_RULES: &str = "check its access rules";
+
 /// Pairs packet ids with tickets: ids in the order in which they were sent, tickets counting up.
 #[derive(Default)]
 struct Tickets {
@@ -649,8 +673,8 @@ impl Tickets {
     }
 }
 
-fn refuse_subscription(said: &Said, reason: &str) {
-    tracing::warn!("the broker refuses a subscription ({reason}); check its access rules");
+fn refuse_subscription(said: &Said, reason: &str, hint: &str) {
+    tracing::warn!("the broker refuses a subscription ({reason}); {hint}");
     said.subscription_refused.store(true, Ordering::Relaxed);
 }
 
@@ -664,6 +688,7 @@ async fn poll_v4(
     let mut tickets = Tickets::default();
     let mut connected = false;
     loop {
+        events.ease().await;
         let event = match event_loop.poll().await {
             Ok(E::Incoming(Packet::ConnAck(_))) => {
                 connected = true;
@@ -675,7 +700,7 @@ async fn poll_v4(
             },
             Ok(E::Incoming(Packet::SubAck(ack))) => {
                 if ack.return_codes.contains(&SubscribeReasonCode::Failure) {
-                    refuse_subscription(&said, "no reason given");
+                    refuse_subscription(&said, "no reason given", CHECK_RULES);
                 }
                 continue;
             }
@@ -706,6 +731,7 @@ async fn poll_v5(mut event_loop: v5::EventLoop, events: Events, receipts: bool, 
     let mut tickets = Tickets::default();
     let mut connected = false;
     loop {
+        events.ease().await;
         let event = match event_loop.poll().await {
             Ok(E::Incoming(Packet::ConnAck(answer))) => {
                 connected = true;
@@ -725,7 +751,12 @@ async fn poll_v5(mut event_loop: v5::EventLoop, events: Events, receipts: bool, 
                 let failed =
                     |c: &&SubscribeReasonCode| !matches!(c, SubscribeReasonCode::Success(_));
                 if let Some(code) = ack.return_codes.iter().find(failed) {
-                    refuse_subscription(&said, &format!("{code:?}"));
+                    let hint = if *code == SubscribeReasonCode::SharedSubscriptionsNotSupported {
+                        "leave out dashboard.share, or use a broker that has shared subscriptions"
+                    } else {
+                        CHECK_RULES
+                    };
+                    refuse_subscription(&said, &format!("{code:?}"), hint);
                 }
                 continue;
             }

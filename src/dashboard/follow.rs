@@ -1,11 +1,11 @@
 //! Follows the appliances: messages into the history, changes to the pages, acknowledgements to the broker.
 //!
-//! What has arrived and is not stored yet is bounded: above QoS 0 by the broker, which sends at most
-//! [`RECEIVE_MAXIMUM`](crate::mqtt::RECEIVE_MAXIMUM) messages that were not confirmed, at QoS 0 by [`UNCONFIRMED`], and previews by
-//! [`PREVIEWS`]. A history that cannot be written is tried again with the same batch; the broker keeps the rest. With a lost connection goes what
+//! What has arrived and is not stored yet is bounded: above QoS 0 by the broker, which is told to send at most
+//! [`RECEIVE_MAXIMUM`](crate::mqtt::RECEIVE_MAXIMUM) messages that were not confirmed, and by [`MOST`], because not every broker keeps to that; at
+//! QoS 0 by [`UNCONFIRMED`], and previews by [`PREVIEWS`]. A history that cannot be written is tried again with the same batch; the broker keeps the rest. With a lost connection goes what
 //! the broker sends again on the next one.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::subscriptions::Subscriptions;
 use super::{Broker, Order, now_ms};
 use crate::config::Config;
 use crate::history::{ApplianceKey, Received, parse};
@@ -27,6 +28,10 @@ use crate::store::{Changes, History, HistoryReader, Retention, StoreError};
 
 /// Messages that arrive within this time share a transaction.
 const GATHER: Duration = Duration::from_millis(20);
+/// So many do not wait for more.
+const ENOUGH: usize = 128;
+/// Messages that wait to be stored; further ones are not taken from the connection meanwhile.
+const MOST: usize = 512;
 /// Pages hear of changes at most this often.
 const FLUSH: Duration = Duration::from_millis(200);
 /// Most previews that wait to be stored.
@@ -35,6 +40,8 @@ const PREVIEWS: usize = 64;
 const UNCONFIRMED: usize = 1024;
 /// Rows and previews in one event.
 const EVENT_ROWS: usize = 40;
+/// Appliances, and alerts, in one event; the others come with the next ones. Some events are kept for pages that are behind.
+const EVENT_STATES: usize = 128;
 /// Wait before a batch is tried again.
 const RETRY: Duration = Duration::from_secs(1);
 /// How often pages and metrics are told how things are.
@@ -101,7 +108,11 @@ struct Hands {
     /// What the pages have not heard yet.
     unsent: Changes,
     sent_at: Instant,
+    /// Where the last event that was full has ended.
+    last_appliance: Option<ApplianceKey>,
+    last_alert: Option<(ApplianceKey, Pseudonym)>,
     orders: HashMap<Ticket, (Instant, oneshot::Sender<Result<(), Refusal>>)>,
+    subscriptions: Subscriptions,
     prune_at: Instant,
 }
 
@@ -126,7 +137,10 @@ impl Follow {
             write_at: now,
             unsent: Changes::default(),
             sent_at: now,
+            last_appliance: None,
+            last_alert: None,
             orders: HashMap::new(),
+            subscriptions: Subscriptions::load(&self.config),
             prune_at: now,
         };
         let mut warned = false;
@@ -226,9 +240,10 @@ impl Follow {
             if hands.prune_at <= Instant::now() && !self.prune(hands).await {
                 return Ended::Lost("the history's thread has died".into());
             }
+            let enough = hands.pending.len() >= ENOUGH && self.broker.borrow().storage.is_none();
             if hands.writing.is_none()
                 && !hands.pending.is_empty()
-                && hands.write_at <= Instant::now()
+                && (enough || hands.write_at <= Instant::now())
             {
                 hands.begin_writing();
             }
@@ -245,10 +260,10 @@ impl Follow {
             let may_flush = hands.has_unsent();
             tokio::select! {
                 () = stop.cancelled() => return Ended::Stop,
-                event = session.next() => match event {
+                event = session.next(), if hands.pending.len() < MOST => match event {
                     Event::Connected => {
                         connected = true;
-                        if self.subscribe(session).await.is_err() {
+                        if hands.subscriptions.ask(session).await.is_err() {
                             return Ended::Lost("the connection has ended".into());
                         }
                         tracing::info!(broker = self.settings.broker(), "dashboard: connected to the broker");
@@ -288,7 +303,7 @@ impl Follow {
                     }
                     hands.orders.retain(|_, (since, _)| since.elapsed() < ORDER_PATIENCE);
                     if session.refused() {
-                        let line = "it refuses a subscription; check its access rules";
+                        let line = "it refuses a subscription; check its access rules, and whether it has shared subscriptions where dashboard.share is set";
                         self.broker.send_modify(|broker| broker.reason = Some(line.into()));
                     }
                     self.tick();
@@ -296,22 +311,6 @@ impl Follow {
                 }
             }
         }
-    }
-
-    async fn subscribe(&self, session: &mut Session) -> Result<(), crate::mqtt::Gone> {
-        let prefix = &self.config.mqtt.topic_prefix;
-        for kind in ["status", "health", "result", "alert", "study"] {
-            session
-                .subscribe(&format!("{prefix}/+/+/{kind}"), true)
-                .await?;
-        }
-        session
-            .subscribe(&format!("{prefix}/+/+/ack/+"), true)
-            .await?;
-        // A preview that nobody hears is not worth the broker's memory.
-        session
-            .subscribe(&format!("{prefix}/+/+/preview"), false)
-            .await
     }
 
     fn hear(
@@ -428,9 +427,10 @@ impl Follow {
     /// Tells the pages what has changed.
     async fn flush(&self, hands: &mut Hands) {
         hands.sent_at = Instant::now();
-        let changes = std::mem::take(&mut hands.unsent);
+        let changes = hands.next_event();
         self.metrics.pages.set(self.updates.receiver_count() as u64);
         if self.updates.receiver_count() == 0 {
+            hands.unsent = Changes::default();
             return;
         }
         if !changes.results.is_empty() {
@@ -466,20 +466,13 @@ impl Follow {
 
     async fn count_appliances(&self) {
         let reader = self.reader.clone();
-        let Ok(Ok(appliances)) = tokio::task::spawn_blocking(move || reader.appliances(None)).await
-        else {
+        let Ok(Ok(states)) = tokio::task::spawn_blocking(move || reader.states()).await else {
             return;
         };
-        let state = |appliance: &Value| match appliance["status"].as_str() {
-            Some("online") if appliance["health"]["state"] == "degraded" => "degraded",
-            Some("online") => "online",
-            Some("stopped") => "stopped",
-            Some(_) => "offline",
-            None => "unknown",
-        };
         for name in ["online", "degraded", "stopped", "offline", "unknown"] {
-            let count = appliances.iter().filter(|a| state(a) == name).count();
-            self.metrics.appliances(name, count as u64);
+            let of = |(state, count): &(String, u64)| (state == name).then_some(*count);
+            self.metrics
+                .appliances(name, states.iter().find_map(of).unwrap_or_default());
         }
         self.metrics.pages.set(self.updates.receiver_count() as u64);
     }
@@ -601,6 +594,14 @@ impl Hands {
             && unsent.alerts.is_empty())
     }
 
+    /// What the pages hear next; what is too much for one event stays.
+    fn next_event(&mut self) -> Changes {
+        let mut changes = std::mem::take(&mut self.unsent);
+        self.unsent.appliances = surplus(&mut changes.appliances, &mut self.last_appliance);
+        self.unsent.alerts = surplus(&mut changes.alerts, &mut self.last_alert);
+        changes
+    }
+
     fn gather(&mut self, changes: Changes) {
         let unsent = &mut self.unsent;
         unsent.more += changes.more + keep_last(&mut unsent.results, changes.results);
@@ -616,6 +617,21 @@ impl Hands {
     }
 }
 
+/// Leaves at most [`EVENT_STATES`] in `changed`, those after `last` before the others, so that each has its turn. Returns what goes.
+fn surplus<T: Ord + Clone>(changed: &mut BTreeSet<T>, last: &mut Option<T>) -> BTreeSet<T> {
+    if changed.len() <= EVENT_STATES {
+        return BTreeSet::new();
+    }
+    let later = changed.iter().filter(|key| last.as_ref() < Some(key));
+    let earlier = changed.iter().filter(|key| last.as_ref() >= Some(key));
+    let turn: Vec<T> = later.chain(earlier).take(EVENT_STATES).cloned().collect();
+    *last = turn.last().cloned();
+    let turn = BTreeSet::from_iter(turn);
+    let rest = &*changed - &turn;
+    *changed = turn;
+    rest
+}
+
 /// Appends `new` to `rows` and drops the oldest beyond [`EVENT_ROWS`]; returns how many went.
 fn keep_last(rows: &mut Vec<Value>, new: Vec<Value>) -> u64 {
     let mut all: VecDeque<_> = std::mem::take(rows).into();
@@ -624,4 +640,24 @@ fn keep_last(rows: &mut Vec<Value>, new: Vec<Value>) -> u64 {
     all.drain(..surplus);
     *rows = all.into();
     surplus as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_has_its_turn_although_all_change_all_the_time() {
+        let all: BTreeSet<usize> = (0..3 * EVENT_STATES + 5).collect();
+        let (mut told, mut last) = (BTreeSet::new(), None);
+        for _ in 0..4 {
+            let mut event = all.clone();
+            let rest = surplus(&mut event, &mut last);
+            assert_eq!((event.len(), &event | &rest), (EVENT_STATES, all.clone()));
+            told.append(&mut event);
+        }
+        assert_eq!(told, all);
+        let mut few = BTreeSet::from([1, 2]);
+        assert!(surplus(&mut few, &mut last).is_empty() && few.len() == 2);
+    }
 }

@@ -23,6 +23,10 @@ pub(super) struct Answers {
     pub(super) orders: mpsc::Sender<Order>,
     pub(super) broker: watch::Receiver<Broker>,
     pub(super) name: String,
+    /// `dashboard.share`.
+    pub(super) share: String,
+    /// `dashboard.follow`.
+    pub(super) follow: Vec<String>,
     pub(super) inbox: Option<Arc<Inbox>>,
 }
 
@@ -97,6 +101,8 @@ impl Page for Answers {
         let about_me = (question == Question::State).then(|| {
             let mut about = broker_json(&self.broker.borrow());
             about["name"] = self.name.as_str().into();
+            about["share"] = (!self.share.is_empty()).then_some(&*self.share).into();
+            about["follow"] = self.follow.clone().into();
             about["version"] = env!("CARGO_PKG_VERSION").into();
             about["notice"] = NOTICE.into();
             about["upload"] = match &self.inbox {

@@ -596,6 +596,13 @@ impl HistoryReader {
         })
     }
 
+    /// How many appliances are in a state: `online`, `degraded`, `stopped`, `offline` or `unknown`.
+    pub fn states(&self) -> Result<Vec<(String, u64)>> {
+        let sql = "SELECT iif(status = 'online' AND json_extract(health, '$.state') = 'degraded', 'degraded', coalesce(status, 'unknown')) AS state,
+          count(*) FROM appliance GROUP BY state";
+        self.rows(sql, &[], |row| Ok((row.get(0)?, row.get(1)?)))
+    }
+
     /// Alerts that nobody has acknowledged or whose study goes on, newest first, at most `limit`, and how many there are.
     pub fn open_alerts(&self, limit: usize) -> Result<(Vec<Value>, u64)> {
         let open = "WHERE a.closed = 0 OR k.by IS NULL";

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -14,7 +14,9 @@ use scansentry::store::{History, HistoryReader, Retention};
 use serde_json::{Value, json};
 
 use crate::contract::check_payload;
-use crate::support::{Appliance, Mosquitto, Process, files_in, free_port, slices, wait_for};
+use crate::support::{
+    Appliance, Mosquitto, Process, files_in, free_port, program, slices, wait_for,
+};
 
 /// 32 hex digits that are as good as any id.
 fn id(kind: u64, number: u64) -> String {
@@ -72,17 +74,18 @@ fn publish(port: u16, topic: &str, payload: &str, more: &[&str]) {
 }
 
 /// `scansentry dashboard` in a folder of its own.
-struct Server {
-    folder: tempfile::TempDir,
-    process: Option<Process>,
-    url: String,
+pub struct Server {
+    pub folder: tempfile::TempDir,
+    pub process: Option<Process>,
+    pub url: String,
 }
 
 impl Server {
-    fn start(broker: &str, name: &str, more: &str) -> Self {
+    /// `more` begins with keys of `[dashboard]`.
+    pub fn start(broker: &str, name: &str, more: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let text = format!(
-            "[mqtt]\nurl = '{broker}'\nbackoff_min_ms = 50\nbackoff_max_s = 1\n[dashboard]\nname = '{name}'\ndir = '{}'\n[log]\nlevel = 'debug'\n{more}\n",
+            "[mqtt]\nurl = '{broker}'\nbackoff_min_ms = 50\nbackoff_max_s = 1\n[log]\nlevel = 'debug'\n[dashboard]\nname = '{name}'\ndir = '{}'\n{more}\n",
             folder.path().join("history").display(),
         );
         // On one port across restarts, as in real life.
@@ -101,14 +104,14 @@ impl Server {
         server
     }
 
-    fn again(&mut self) {
+    pub fn again(&mut self) {
         let log = std::fs::File::options()
             .create(true)
             .append(true)
             .open(self.folder.path().join("log"))
             .unwrap();
         let mut process = Process::spawn(
-            Command::new(env!("CARGO_BIN_EXE_scansentry"))
+            Command::new(program())
                 .arg("dashboard")
                 // Queues are what is measured, not what glibc keeps in an arena for each thread (docs/dashboard.md).
                 .env("MALLOC_ARENA_MAX", "2")
@@ -128,13 +131,13 @@ impl Server {
         });
     }
 
-    fn get(&self, path: &str) -> Value {
+    pub fn get(&self, path: &str) -> Value {
         let (status, text) = get(&self.url, path, &[]);
         assert_eq!(status, 200, "{path}: {text}");
         serde_json::from_str(&text).unwrap()
     }
 
-    fn post(&self, path: &str, body: &Value) -> (u16, String) {
+    pub fn post(&self, path: &str, body: &Value) -> (u16, String) {
         let token = self.get("/api/state")["token"].as_str().unwrap().to_owned();
         let headers = [
             ("x-scansentry-token", token.as_str()),
@@ -149,11 +152,16 @@ impl Server {
         self.post("/api/ack", &body)
     }
 
+    /// Where its history lies.
+    pub fn history(&self) -> PathBuf {
+        self.folder.path().join("history")
+    }
+
     fn open_alert(&self) -> Value {
         self.get("/api/state")["alerts"][0].clone()
     }
 
-    fn metric(&self, name: &str) -> u64 {
+    pub fn metric(&self, name: &str) -> u64 {
         sum(&get(&self.url, "/metrics", &[]).1, name)
     }
 }
@@ -202,7 +210,7 @@ pub fn post(url: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> (u1
 }
 
 /// The sum of a metric over its labels, whole numbers only.
-fn sum(text: &str, name: &str) -> u64 {
+pub fn sum(text: &str, name: &str) -> u64 {
     text.lines()
         .filter(|line| !line.starts_with('#'))
         .filter_map(|line| line.rsplit_once(' '))
@@ -212,7 +220,7 @@ fn sum(text: &str, name: &str) -> u64 {
 }
 
 /// What `/api/events` says, gathered in a thread.
-fn events(url: &str) -> Arc<Mutex<String>> {
+pub fn events(url: &str) -> Arc<Mutex<String>> {
     let heard = Arc::new(Mutex::new(String::new()));
     let (gathered, url) = (heard.clone(), format!("{url}/api/events"));
     std::thread::spawn(move || {

@@ -13,6 +13,7 @@ mod decode;
 mod dicom;
 mod emulated;
 mod engine;
+mod fleet;
 mod folder_faults;
 mod home_assistant;
 mod layers;

@@ -17,6 +17,11 @@ use crate::contract;
 /// How long anything may take before a test gives up. Generous: these machines are slow and shared.
 pub const PATIENCE: Duration = Duration::from_mins(2);
 
+/// The program under test: this build's, or the one that `SCANSENTRY_PROGRAM` names.
+pub fn program() -> String {
+    std::env::var("SCANSENTRY_PROGRAM").unwrap_or_else(|_| env!("CARGO_BIN_EXE_scansentry").into())
+}
+
 pub fn bundle() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("models/braintumor")
 }
@@ -171,6 +176,22 @@ impl Process {
         );
     }
 
+    /// A number of `/proc/PID/status`: `VmRSS`, `VmHWM` (kB), `Threads`.
+    pub fn figure(&self, key: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id())).unwrap();
+        let line = status.lines().find(|l| l.starts_with(key)).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    /// Processor time so far, seconds.
+    pub fn cpu_seconds(&self) -> f64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap();
+        let fields = stat.rsplit_once(')').unwrap().1.split_whitespace();
+        // User and system time are the fields 14 and 15, the first after the name is the third.
+        let ticks = fields.skip(11).take(2).map(|f| f.parse::<u64>().unwrap());
+        ticks.sum::<u64>() as f64 / rustix::param::clock_ticks_per_second() as f64
+    }
+
     pub fn exit_code(&mut self) -> Option<i32> {
         let start = Instant::now();
         loop {
@@ -193,7 +214,7 @@ impl Drop for Process {
 pub struct Mosquitto {
     folder: tempfile::TempDir,
     pub port: u16,
-    process: Process,
+    pub process: Process,
 }
 
 impl Mosquitto {
@@ -736,12 +757,9 @@ impl Appliance {
         (of("degraded: "), of("recovered"))
     }
 
-    /// A number of `/proc/PID/status` of the daemon: `VmRSS`, `VmHWM` (kB), `Threads`.
+    /// A number of `/proc/PID/status` of the daemon.
     pub fn process_figure(&self, key: &str) -> u64 {
-        let pid = self.process.as_ref().unwrap().0.id();
-        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-        let line = status.lines().find(|l| l.starts_with(key)).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        self.process.as_ref().unwrap().figure(key)
     }
 
     /// `status --json`, once there is a ledger.

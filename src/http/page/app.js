@@ -68,9 +68,18 @@ function announce(alerts) {
   document.getElementById("announce").textContent = words.join(" ");
 }
 
+// What this dashboard does not have, by its configuration.
+function partOf({ share, follow }) {
+  return [
+    follow?.length && `This dashboard follows ${follow.join(", ")} only.`,
+    share && `One of the dashboards of the group ${share}: alerts and appliances are all here, of the results only its share; the others have the rest.`,
+  ].filter(Boolean);
+}
+
 listen((kind, data) => {
   if (kind === "state") {
     document.getElementById("upload-link").hidden = !live.upload;
+    fill(document.getElementById("part"), partOf(live.about).map((line) => h("p", { class: "notice" }, line)));
     fill(document.getElementById("about"), `ScanSentry ${live.about.version} · dashboard ${live.about.name}`);
   }
   if (kind === "connection") tellTrouble();

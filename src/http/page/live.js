@@ -83,7 +83,7 @@ async function load() {
   live.openAlerts = state.open_alerts;
   live.rows = results.rows;
   live.upload = state.upload;
-  live.about = { name: state.name, version: state.version };
+  live.about = { name: state.name, version: state.version, share: state.share, follow: state.follow };
   live.loaded = true;
   tick(state);
   tell("state");

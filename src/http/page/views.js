@@ -110,15 +110,37 @@ function applianceCard(appliance) {
     ]));
 }
 
+// Appliances that are drawn at once. In a larger fleet those that need attention come first, and the list is drawn once a second at most.
+const CARDS = 60;
+const BY_NEED = ["offline", "silent", "degraded", "unknown", "stopped", "online"];
+const large = () => live.appliances.size > CARDS;
+
+function appliancesByNeed() {
+  const appliances = sortedAppliances();
+  if (!large()) return appliances;
+  const now = Date.now();
+  const need = new Map(appliances.map((appliance) => [appliance, BY_NEED.indexOf(applianceState(appliance, now))]));
+  return appliances.sort((a, b) => need.get(a) - need.get(b));
+}
+
 function applianceSection() {
   const section = h("section", { class: "appliances", "aria-labelledby": "appliances-title" });
+  let most = CARDS;
+  let due = 0;
   const draw = () => {
-    const appliances = sortedAppliances();
+    const appliances = appliancesByNeed();
+    const rest = appliances.length - most;
     fill(section, h("h2", { id: "appliances-title" }, "Appliances", h("span", { class: "count" }, String(appliances.length))),
-      appliances.length ? h("ul", { class: "plain cards" }, each(appliances, applianceCard))
-        : empty("No appliance has been heard of yet.", "They appear when they connect to the same broker under the same topic prefix."));
+      appliances.length ? h("ul", { class: "plain cards" }, each(appliances.slice(0, most), applianceCard))
+        : empty("No appliance has been heard of yet.", "They appear when they connect to the same broker under the same topic prefix."),
+      rest > 0 && h("p", {}, h("button", { class: "quiet", type: "button", onclick: () => { most = Infinity; draw(); } }, `Show ${count(rest, "more appliance")}`),
+        h("span", { class: "hint" }, " Those that need attention come first.")));
   };
-  return { section, draw };
+  const soon = () => {
+    if (!large()) draw();
+    else if (!due) due = setTimeout(() => { due = 0; draw(); }, 1000);
+  };
+  return { section, draw, soon, end: () => clearTimeout(due) };
 }
 
 // ---- results --------------------------------------------------------------------------------------------------------
@@ -178,7 +200,7 @@ export function liveView(root) {
   const stop = listen((kind, data) => {
     if (kind === "state") { alerts.draw(); appliances.draw(); if (!paused) draw(); }
     if (kind === "alerts") alerts.draw();
-    if (kind === "appliances") appliances.draw();
+    if (kind === "appliances") appliances.soon();
     if (kind === "rows" && !paused) {
       for (const row of data.rows.toReversed()) {
         body.querySelector(`[data-row="${rowKey(row)}"]`)?.remove();
@@ -199,7 +221,7 @@ export function liveView(root) {
       }
     }
   });
-  return { end: () => { stop(); clearInterval(clock); } };
+  return { end: () => { stop(); clearInterval(clock); appliances.end(); } };
 }
 
 // ---- filters --------------------------------------------------------------------------------------------------------
@@ -622,12 +644,12 @@ export function wallView(root) {
         fresh.length
           ? [h("p", { class: "wall-number" }, shape("positive"), String(Math.max(fresh.length, live.openAlerts - (alerts.length - fresh.length)))), h("div", {}, h("p", { class: "wall-lead" }, "Tumour pattern found by this model"), h("ul", { class: "plain" }, fresh.slice(0, 4).map((alert) => h("li", {}, `${name(alert)}: ${alert.positives} of ${count(alert.images, "picture")}, since `, time(alert.raised_at)))))]
           : h("p", { class: "wall-lead" }, "No alert to acknowledge")),
-      h("section", { class: "wall-grid", "aria-label": "Appliances" }, sortedAppliances().map((appliance) => {
+      h("section", { class: "wall-grid", "aria-label": "Appliances" }, appliancesByNeed().slice(0, CARDS).map((appliance) => {
         const state = applianceState(appliance, Date.now());
         return h("div", { class: `panel appliance ${state}` }, h("h2", {}, name(appliance)), stateMark(state),
           (appliance.health?.conditions ?? []).slice(0, 1).map((c) => h("p", { class: "why" }, c.message)),
           h("p", { class: "hint" }, appliance.health ? `${count(appliance.health.backlog.files, "file")} and ${count(appliance.health.backlog.messages, "message")} waiting` : "no report yet"));
-      })),
+      }), large() && h("p", { class: "hint" }, `${live.appliances.size - CARDS} more; those that need attention come first.`)),
       h("section", { class: "wall-latest", "aria-label": "Latest results" }, latest.map((row) => h("div", { class: `panel ${verdict(row)}` }, picture(row, { size: 160, heat: true }),
         h("p", {}, decision(row)), bar(row), h("p", { class: "hint" }, name(row), " · ", time(row.processed_at))))),
       h("p", { class: "wall-foot" }, h("span", {}, "Research use only, not for diagnosis"), h("span", { class: "wall-clock" }, new Date().toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" })), h("a", { href: "#/" }, "Leave the wall view")));
