@@ -28,6 +28,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads wait for each other far longer than these small products take
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 from tensorflow.lite.python import schema_py_generated as schema
@@ -152,11 +153,12 @@ class Layer:
             padded = np.pad(picture, around, constant_values=zero)
             rows = where[:, :1] * stride + np.arange(taps_y)
             columns = where[:, 1:] * stride + np.arange(taps_x)
-            found.append(padded[rows[:, :, None], columns[:, None, :]])  # [places, taps_y, taps_x, channels]
-        cut = np.concatenate(found).reshape(-1, taps_y * taps_x, given.shape[3])
-        if self.kind == "DEPTHWISE_CONV_2D":
-            return cut.transpose(2, 0, 1).astype(np.float32, order="C") - zero
-        return cut.reshape(1, len(cut), -1).astype(np.float32) - zero
+            cut = padded[rows[:, :, None], columns[:, None, :]].astype(np.float32) - zero  # [places, taps_y, taps_x, channels]
+            if self.kind == "DEPTHWISE_CONV_2D":
+                found.append(np.moveaxis(cut, 3, 0).reshape(cut.shape[3], len(where), -1))
+            else:
+                found.append(cut.reshape(1, len(where), -1))
+        return np.concatenate(found, 1)
 
     def fit(self, old: np.ndarray, new: np.ndarray) -> None:
         """Set `shifts`, `integers` and `biases` so that `new` inputs give what the old weights make of the `old` ones."""
