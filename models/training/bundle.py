@@ -1,6 +1,6 @@
 """Put a bundle together: manifest.toml, the golden phantoms with what the int8 model says of them, MODEL_CARD.md.
 
-    bundle.py --model model.tflite --evaluation evaluation.json --out models/braintumor [--version 0.2.0]
+    bundle.py --model model.tflite --evaluation evaluation.json --out models/braintumor [--version 0.2.1]
 
 The model card's text is model_card.md; {placeholders} are filled from the evaluation.
 """
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--evaluation", type=Path, help="evaluation.json; without it no model card is written")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--version", default="0.2.0")
+    parser.add_argument("--version", default="0.2.1")
     args = parser.parse_args()
     golden = args.out / "golden"
     golden.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A training's weights -> full-int8 `model.tflite` with uint8 input and outputs, and a check of what came out.
+"""A training's weights -> full-int8 TFLite file with uint8 input and outputs, and a check of what came out. `exact.py` is next.
 
     convert.py --data DIR --run RUN-SEED.npz --evaluation evaluation.json --out model.tflite
 
@@ -7,7 +7,7 @@ ALLOWED may appear, and the layout is fixed: see `check`. The ranges of all tens
 
 - batch norm is folded into the convolutions; weights are int8 by channel (the converter's rule);
 - ReLU6 outputs are 0 to 6; the linear ones leave out the outermost 0.02 % of what was seen, which shortens the step by a third;
-- what is added has the step of the sum, so an addition of a residual loses nothing and both engines round it alike.
+- what is added has the step and the zero point of the sum, so an addition of a residual loses nothing (and `exact.py` needs it).
 """
 
 import argparse

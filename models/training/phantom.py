@@ -49,7 +49,7 @@ RANGES = {
     "edema_size": (1.4, 2.1),  # of the lesion
 }
 
-# Narrower ranges for a demo, where nearly every picture should come out right: of the 60 that `scansentry simulate --seed 5` draws, model 0.2.0
+# Narrower ranges for a demo, where nearly every picture should come out right: of the 60 that `scansentry simulate --seed 5` draws, model 0.2.0 (and 0.2.1)
 # finds 30 of 30 plain ones negative (at most .05) and 29 of 30 with a lesion positive. Sulci and texture are needed: without them some plain
 # ones passed for positive.
 DEMO = {

@@ -56,7 +56,8 @@ for step in ${*:-render train evaluate convert bundle}; do
     convert)
         # The model to ship, and one whose fold it never saw, for int8 against float.
         for run in all-1 cv0-1; do
-            $python convert.py --data "$work/data" --run "$work/runs/$run.npz" --evaluation "$work/evaluation.json" --out "$work/$run.tflite"
+            $python convert.py --data "$work/data" --run "$work/runs/$run.npz" --evaluation "$work/evaluation.json" --out "$work/$run-int8.tflite"
+            $python exact.py --model "$work/$run-int8.tflite" --pictures "$work/data/plain-u8.npy" --run "$work/runs/$run.npz" --out "$work/$run.tflite"
         done
         $python evaluate.py --data "$work/data" --runs "$work/runs" --out "$work/evaluation.json" --int8 "cv0-1=$work/cv0-1.tflite" --int8 "all-1=$work/all-1.tflite"
         ;;

@@ -801,12 +801,10 @@ impl Steps {
         self.0.sort_unstable();
     }
 
-    /// Most pictures within two steps. Engines round halves differently in one value of some hundred, and the shipped model makes more
-    /// of that in a few pictures: `ReLU6` layers behind linear bottlenecks whose int8 step is a twelfth of their whole range.
+    /// Every picture within two steps: of the shipped model all engines make the same, but for the last layer's sigmoid
+    /// (`models/training/exact.py`).
     pub fn assert_close(&self) {
-        let close = self.0.iter().filter(|&&steps| steps <= 2).count();
-        assert!(close * 100 >= self.0.len() * 80, "{self}");
-        assert!(self.0.last().is_some_and(|&steps| steps <= 26), "{self}");
+        assert!(self.0.last().is_some_and(|&steps| steps <= 2), "{self}");
     }
 }
 
