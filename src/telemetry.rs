@@ -1,12 +1,16 @@
 //! Log output: text for people, JSON for collectors, fields for the systemd journal; always on standard error. The latest error is kept for
 //! `health` and `status`.
 
+use std::fs::File;
 use std::io::IsTerminal as _;
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
 
 use tracing::field::{Field, Visit};
 use tracing::{Level, Metadata};
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{Targets, filter_fn};
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 use tracing_subscriber::layer::{Context, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 
@@ -26,7 +30,7 @@ pub fn init(log: &Log) {
         format => format,
     };
     let stderr = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
+        .with_writer(standard_error())
         .with_target(false);
     let layer = match format {
         LogFormat::Journald => match tracing_journald::layer() {
@@ -45,6 +49,15 @@ pub fn init(log: &Log) {
             ours(metadata) && *metadata.level() <= Level::WARN
         })))
         .try_init();
+}
+
+/// Standard error by a descriptor of its own: while a runtime loads or ends, descriptor 2 is another file, where lines of other threads would mix
+/// with the runtime's.
+fn standard_error() -> BoxMakeWriter {
+    match std::io::stderr().as_fd().try_clone_to_owned() {
+        Ok(descriptor) => BoxMakeWriter::new(Arc::new(File::from(descriptor))),
+        Err(_) => BoxMakeWriter::new(std::io::stderr),
+    }
 }
 
 /// Whether a line is one of this program. Those of libraries stay out, whatever `log.level` says: some quote what they read, headers of images too.

@@ -2,7 +2,8 @@
 //!
 //! LiteRT 2.1.4 writes to stderr at the start and end of every model, and says the reason of a failure nowhere else; the
 //! functions that would set its log level are not exported, and its option for it has no effect in this version. TensorFlow
-//! Lite 1.15 has no such setting. So while they may write, file descriptor 2 is a file in memory. What other threads wrote meanwhile is passed on afterwards.
+//! Lite 1.15 has no such setting. So while they may write, file descriptor 2 is a file in memory. What other threads wrote meanwhile is passed on
+//! afterwards, if it did not fall into one of the runtime's lines; so the log has a descriptor of its own.
 
 use std::fs::File;
 use std::io::Write;

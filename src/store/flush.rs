@@ -1,7 +1,7 @@
 //! The flusher: puts the write-ahead log on the disk beside the thread that writes it, so that a commit need not wait, and one wait serves all
 //! commits that came before it.
 //!
-//! SQLite itself (`synchronous = NORMAL`) writes a commit to the log and leaves the disk to the system. A call whose effect must survive a
+//! The database itself (`synchronous = NORMAL`) writes a commit to the log and leaves the disk to the system. A call whose effect must survive a
 //! power cut is answered here, after `fdatasync` of the log: of whatever was committed before it, so nobody acts on what a power cut could
 //! still undo.
 
