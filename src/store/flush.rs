@@ -9,7 +9,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,9 @@ use super::{Reply, StoreError, Survives};
 
 /// Flushes that follow one another are this far apart, so that one serves several commits when there are many. The first one does not wait.
 const APART: Duration = Duration::from_millis(10);
+
+/// Transactions that may wait for a flush. With more the disk does not keep up, and the thread that writes waits for it.
+const WAITING: usize = 256;
 
 /// What has been committed up to `mark` is to be on the disk before `replies` are given.
 struct Flush {
@@ -27,7 +30,7 @@ struct Flush {
 /// A handle to the flusher's thread.
 #[derive(Debug)]
 pub(super) struct Flusher {
-    queue: Sender<Flush>,
+    queue: SyncSender<Flush>,
     state: Arc<State>,
     thread: JoinHandle<()>,
 }
@@ -53,7 +56,7 @@ impl Flusher {
         mark: u64,
         sync: impl FnMut() -> std::io::Result<()> + Send + 'static,
     ) -> std::io::Result<Self> {
-        let (queue, due) = channel();
+        let (queue, due) = sync_channel(WAITING);
         let state = Arc::new(State {
             flushed: AtomicU64::new(mark),
             failed: AtomicBool::new(false),
