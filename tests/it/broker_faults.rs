@@ -124,11 +124,13 @@ fn parked(appliance: &Appliance) -> Vec<Value> {
         .collect()
 }
 
-fn retry_all(appliance: &Appliance, expected: u64) {
+/// How many `outbox retry --all` brings back.
+fn retry_all(appliance: &Appliance) -> u64 {
     let output = appliance.command(&["outbox", "retry", "--all", "--json"]);
     let output = { output }.output().unwrap();
     let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(answer, json!({ "queued": expected, "unknown": 0 }));
+    assert_eq!(answer["unknown"], 0);
+    answer["queued"].as_u64().unwrap()
 }
 
 // The broker with a script.
@@ -745,11 +747,11 @@ fn too_large(protocol: u8, limit: &str) {
     });
     broker.reconfigure(&limited, open);
     wait_for("a second try, or a delivery", || {
-        let counts = appliance.status()["counts"].clone();
-        counts["outbox"] == 0
+        count(&appliance, "outbox") == 0
     });
-    let still = count(&appliance, "parked");
-    retry_all(&appliance, still);
+    // A daemon that the broker tells of its larger limit brings them back by itself, perhaps just now.
+    let back = retry_all(&appliance);
+    assert!(back <= 2, "{back}");
     wait_for("all of them", || numbers(&subscriber).len() == 12);
     appliance.wait_until_delivered();
     assert!(parked(&appliance).is_empty());
@@ -916,7 +918,7 @@ fn a_broker_that_takes_nothing_has_nothing_parked() {
         // The one that was under suspicion when it was mended may be set aside; it is not lost.
         let left = count(&appliance, "parked");
         assert!(left <= 1);
-        retry_all(&appliance, left);
+        assert_eq!(retry_all(&appliance), left);
         broker.wait_for(20);
     }
 }
