@@ -194,7 +194,7 @@ impl Classifier {
         let engine = engine::load(
             runtime(config.model.engine)?,
             &bundle.model,
-            config.model.threads,
+            config.model.inference_threads(),
         )
         .map_err(|e| BundleError(vec![format!("model.bundle: {e}; install another bundle")]))?;
         let manifest = &bundle.manifest;

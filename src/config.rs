@@ -439,13 +439,16 @@ impl Watch {
     }
 }
 
-impl Pipeline {
-    /// The number of worker threads: `workers`, or one a core up to 4 when it is 0.
-    pub fn worker_count(&self) -> usize {
-        match self.workers {
-            0 => std::thread::available_parallelism()
-                .map_or(1, usize::from)
-                .min(4),
+/// Cores that this process may use.
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+impl Model {
+    /// Threads of one inference: `threads`, or when it is 0 two, where there are two cores.
+    pub fn inference_threads(&self) -> usize {
+        match self.threads {
+            0 => cores().min(2),
             n => n,
         }
     }
@@ -628,6 +631,15 @@ impl Config {
         toml::from_str(DEFAULTS).expect("the built-in defaults deserialize")
     }
 
+    /// The number of worker threads: `pipeline.workers`, or when it is 0 as many as the cores have room for, each with the threads of an
+    /// inference, up to 4.
+    pub fn worker_count(&self) -> usize {
+        match self.pipeline.workers {
+            0 => (cores() / self.model.inference_threads()).clamp(1, 4),
+            n => n,
+        }
+    }
+
     fn validate(&self, problems: &mut Vec<String>) {
         let mut fail = |line: String| problems.push(line);
         for (key, value) in [
@@ -807,7 +819,7 @@ impl Config {
         range("limits.decode_bytes", limits.decode_bytes, 1 << 20, 1 << 33);
         range("limits.frames", u64::from(limits.frames), 1, 4096);
         range("limits.queue", limits.queue as u64, 1, 65_536);
-        range("model.threads", self.model.threads as u64, 1, 16);
+        range("model.threads", self.model.threads as u64, 0, 16);
         range("pipeline.workers", self.pipeline.workers as u64, 0, 16);
         range("pipeline.deadline_s", self.pipeline.deadline_s, 5, 86_400);
         range(

@@ -161,8 +161,7 @@ pub fn prepare_with(config: Config, files: Files) -> Result<Prepared, Vec<String
 /// One for each worker: `first`, and others of its bundle and rule.
 pub fn classifiers(first: Classifier, config: &Config) -> Result<Vec<Classifier>, BundleError> {
     let (bundle, rule) = (first.bundle().clone(), *first.rule());
-    let rest =
-        (1..config.pipeline.worker_count()).map(|_| Classifier::new(bundle.clone(), rule, config));
+    let rest = (1..config.worker_count()).map(|_| Classifier::new(bundle.clone(), rule, config));
     std::iter::once(Ok(first)).chain(rest).collect()
 }
 

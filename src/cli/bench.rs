@@ -35,6 +35,9 @@ const FILES: usize = 4000;
 /// Commits that are timed one by one.
 const COMMITS: i64 = 50;
 
+/// Between two of them: longer than the ledger keeps flushes apart, so that the disk is timed and not that wait.
+const BETWEEN_COMMITS: Duration = Duration::from_millis(15);
+
 #[derive(Debug, Args)]
 pub(super) struct BenchArgs {
     /// Image files; default: generated slices
@@ -107,7 +110,7 @@ struct Throughput {
     recorded: Option<f64>,
 }
 
-/// One call after the other: a claim, which survives the process; a commit, which survives a power cut.
+/// One call at a time, with pauses: a claim, which survives the process; a commit, which survives a power cut.
 #[derive(Serialize)]
 struct LedgerReport {
     claim_ms: Spread,
@@ -426,13 +429,18 @@ fn recorded(
     Ok(rate)
 }
 
-/// One call at a time.
+/// One call at a time, as for a picture that comes alone.
 fn ledger(scratch: &Scratch) -> Result<LedgerReport, Failure> {
     let dir = scratch.0.join("commits");
     let state = StateDir::open(&dir)?;
     let Opened { store, thread, .. } = Store::open(state.path())?;
     let (mut claims, mut commits) = (Vec::new(), Vec::new());
     for number in 0..COMMITS {
+        #[allow(
+            clippy::disallowed_methods,
+            reason = "this thread has nothing else to do"
+        )]
+        std::thread::sleep(BETWEEN_COMMITS);
         let scan_id = state.key().scan_id(&sha256(&number.to_le_bytes()));
         let stamp = Stamp {
             size: 1,
