@@ -34,12 +34,12 @@ def main() -> None:
     args = parser.parse_args()
     samples = [data.Sample(**entry) for entry in json.loads((args.data / "samples.json").read_text())]
     runs = {path.stem: dict(np.load(path)) for path in sorted(args.runs.glob("*.npz"))}
-    seeds = sorted({int(name.rsplit("-", 1)[1]) for name in runs if name.startswith("cv")})
+    seeds = sorted({name.rsplit("-", 1)[1] for name in runs})  # "mean", the network that is shipped, is the last
     result = {"exits": {}, "platt": {}}
     for exit_name, column in EXITS.items():
         rows = [row for seed in seeds for row in of_seed(samples, runs, seed, column)]
         result["exits"][exit_name] = rows
-    folds = [run for name, run in runs.items() if name.startswith("cv")]
+    folds = [run for name, run in runs.items() if re.fullmatch(rf"cv\d-{seeds[-1]}", name)]
     for exit_name, column in EXITS.items():
         result["platt"][exit_name] = [round(x, 4) for x in fitted(folds, column, samples)]
     result["int8"] = [of_int8(spec, args.data, samples, runs, result["platt"]["score"]) for spec in args.int8]
@@ -51,8 +51,8 @@ def main() -> None:
     print(result["platt"], result["int8"])
 
 
-def of_seed(samples: list[data.Sample], runs: dict, seed: int, column: int) -> list[dict]:
-    """The table of one seed: each family by cross-validation, then each family that was left out."""
+def of_seed(samples: list[data.Sample], runs: dict, seed: str, column: int) -> list[dict]:
+    """The table of one seed, or of their mean: each family by cross-validation, then each family that was left out."""
     label, group = np.array([s.label for s in samples]), np.array([s.group for s in samples])
     family, name = np.array([s.family for s in samples]), np.array([Path(s.file).stem for s in samples])
     logit = np.full(len(samples), np.nan)
