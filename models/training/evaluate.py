@@ -34,15 +34,14 @@ def main() -> None:
     args = parser.parse_args()
     samples = [data.Sample(**entry) for entry in json.loads((args.data / "samples.json").read_text())]
     runs = {path.stem: dict(np.load(path)) for path in sorted(args.runs.glob("*.npz"))}
-    seeds = sorted({name.rsplit("-", 1)[1] for name in runs})  # "mean", the network that is shipped, is the last
+    seeds = sorted({name.rsplit("-", 1)[1] for name in runs})  # and "mean"
     result = {"exits": {}, "platt": {}}
     for exit_name, column in EXITS.items():
-        rows = [row for seed in seeds for row in of_seed(samples, runs, seed, column)]
-        result["exits"][exit_name] = rows
-    folds = [run for name, run in runs.items() if re.fullmatch(rf"cv\d-{seeds[-1]}", name)]
-    for exit_name, column in EXITS.items():
-        result["platt"][exit_name] = [round(x, 4) for x in fitted(folds, column, samples)]
-    result["int8"] = [of_int8(spec, args.data, samples, runs, result["platt"]["score"]) for spec in args.int8]
+        result["exits"][exit_name] = [row for seed in seeds for row in of_seed(samples, runs, seed, column)]
+    for seed in seeds:
+        folds = [run for name, run in runs.items() if re.fullmatch(rf"cv\d-{seed}", name)]
+        result["platt"][seed] = {exit_name: [round(x, 4) for x in fitted(folds, column, samples)] for exit_name, column in EXITS.items()}
+    result["int8"] = [of_int8(spec, args.data, samples, runs, result["platt"]) for spec in args.int8]
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     for exit_name, rows in result["exits"].items():
         print(exit_name)
@@ -167,11 +166,12 @@ def figures(label: np.ndarray, logit: np.ndarray, group: np.ndarray) -> dict:
     return result | {"ece": rounded(calibration_error(label, probability))}
 
 
-def of_int8(spec: str, folder: Path, samples: list[data.Sample], runs: dict, scale: list[float]) -> dict:
+def of_int8(spec: str, folder: Path, samples: list[data.Sample], runs: dict, calibrations: dict) -> dict:
     """How an int8 file (`cv0-1=model.tflite`) answers on what its training held back (`all`: on every picture), against float."""
     from ai_edge_litert.interpreter import Interpreter
 
     name, path = spec.split("=", 1)
+    scale = calibrations[name.rsplit("-", 1)[1]]["score"]
     run, plain = runs[name], np.load(folder / "plain-u8.npy", mmap_mode="r")
     if len(run["ids"]):
         ids, logit = run["ids"], run["logits"][:, 0]

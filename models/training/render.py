@@ -55,7 +55,6 @@ def frozen(weights: Path) -> bytes:
 def start(model: bytes) -> None:
     """In each worker, before the first picture."""
     global lower
-    cv2.setNumThreads(1)
     lower = Interpreter(model_content=model, num_threads=1)
     lower.allocate_tensors()
 
@@ -93,6 +92,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    cv2.setNumThreads(1)  # before the workers are forked: OpenCV's threads do not live through that
     samples = data.load(args.index, args.volumes)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         model = pool.apply(frozen, [args.weights])

@@ -27,7 +27,7 @@ import tensorflow as tf
 import data
 from network import Heads, backbone, imagenet, split
 
-BATCH, RATE, HEAD_RATE, DECAY, SMOOTHING, AVERAGE = 16, 4.5e-4, 8.0, 0.02, 0.05, 0.985
+BATCH, RATE, HEAD_RATE, DECAY, SMOOTHING, AVERAGE = 32, 6e-4, 8.0, 0.02, 0.05, 0.985
 MIX, EARLY_LOSS, MAP14_LOSS, MAP7_LOSS = 0.5, 0.5, 0.6, 0.4
 # Cells covered less than this are no lesion, more than that are one; between, nothing is asked of them.
 CELL = (0.05, 0.3)

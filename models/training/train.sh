@@ -8,12 +8,14 @@
 #   OUT      default models/braintumor
 #   JOBS     trainings at once, each of one thread (it does more than one training of several), default 2
 #   SEEDS    default "1 2 3"; RUNS default: five folds, two families left out, all; STEPS of a training, default 900
+#   SHIP     the seed that is converted, default 1; "mean" is the network of the mean of all seeds' weights
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 index=${INDEX:-$here/../../../shared/data/mri/index.csv}
 venv=${VENV:-$here/.venv}
 work=${WORK:-$here/.work}
 out=${OUT:-$here/../braintumor}
+ship=${SHIP:-1}
 runs=${RUNS:-cv0 cv1 cv2 cv3 cv4 without-btp without-lgg all}
 
 if [ ! -f "$index" ]; then
@@ -59,13 +61,13 @@ for step in ${*:-render train average evaluate convert bundle}; do
         ;;
     convert)
         # The model to ship, and one whose fold it never saw, for int8 against float.
-        for run in all-mean cv0-mean; do
+        for run in "all-$ship" "cv0-$ship"; do
             $python convert.py --data "$work/data" --run "$work/runs/$run.npz" --evaluation "$work/evaluation.json" --out "$work/$run-int8.tflite"
             $python exact.py --model "$work/$run-int8.tflite" --pictures "$work/data/plain-u8.npy" --run "$work/runs/$run.npz" --out "$work/$run.tflite"
         done
-        $python evaluate.py --data "$work/data" --runs "$work/runs" --out "$work/evaluation.json" --int8 "cv0-mean=$work/cv0-mean.tflite" --int8 "all-mean=$work/all-mean.tflite"
+        $python evaluate.py --data "$work/data" --runs "$work/runs" --out "$work/evaluation.json" --int8 "cv0-$ship=$work/cv0-$ship.tflite" --int8 "all-$ship=$work/all-$ship.tflite"
         ;;
-    bundle) $python bundle.py --model "$work/all-mean.tflite" --evaluation "$work/evaluation.json" --out "$out" ;;
+    bundle) $python bundle.py --model "$work/all-$ship.tflite" --evaluation "$work/evaluation.json" --out "$out" ;;
     *)
         echo "train.sh: $step: no such step; use render, train, average, evaluate, convert or bundle" >&2
         exit 2
