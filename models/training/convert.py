@@ -55,7 +55,8 @@ def main() -> None:
     args = parser.parse_args()
     with np.load(args.run) as saved:
         (net, heads), held = restore(dict(saved)), saved["ids"]
-    scale = json.loads(args.evaluation.read_text())["platt"]["score"] if args.evaluation else [1.0, 0.0]
+    seed = args.run.stem.rsplit("-", 1)[1]
+    scale = json.loads(args.evaluation.read_text())["platt"][seed]["score"] if args.evaluation else [1.0, 0.0]
     plain = np.load(args.data / "plain-u8.npy", mmap_mode="r")
     usable = np.setdiff1d(np.arange(len(plain)), held)
     chosen = np.random.default_rng(7).choice(usable, CALIBRATION_IMAGES, replace=False)

@@ -34,15 +34,14 @@ def main() -> None:
     args = parser.parse_args()
     samples = [data.Sample(**entry) for entry in json.loads((args.data / "samples.json").read_text())]
     runs = {path.stem: dict(np.load(path)) for path in sorted(args.runs.glob("*.npz"))}
-    seeds = sorted({int(name.rsplit("-", 1)[1]) for name in runs if name.startswith("cv")})
+    seeds = sorted({name.rsplit("-", 1)[1] for name in runs})  # and "mean"
     result = {"exits": {}, "platt": {}}
     for exit_name, column in EXITS.items():
-        rows = [row for seed in seeds for row in of_seed(samples, runs, seed, column)]
-        result["exits"][exit_name] = rows
-    folds = [run for name, run in runs.items() if name.startswith("cv")]
-    for exit_name, column in EXITS.items():
-        result["platt"][exit_name] = [round(x, 4) for x in fitted(folds, column, samples)]
-    result["int8"] = [of_int8(spec, args.data, samples, runs, result["platt"]["score"]) for spec in args.int8]
+        result["exits"][exit_name] = [row for seed in seeds for row in of_seed(samples, runs, seed, column)]
+    for seed in seeds:
+        folds = [run for name, run in runs.items() if re.fullmatch(rf"cv\d-{seed}", name)]
+        result["platt"][seed] = {exit_name: [round(x, 4) for x in fitted(folds, column, samples)] for exit_name, column in EXITS.items()}
+    result["int8"] = [of_int8(spec, args.data, samples, runs, result["platt"]) for spec in args.int8]
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     for exit_name, rows in result["exits"].items():
         print(exit_name)
@@ -51,8 +50,8 @@ def main() -> None:
     print(result["platt"], result["int8"])
 
 
-def of_seed(samples: list[data.Sample], runs: dict, seed: int, column: int) -> list[dict]:
-    """The table of one seed: each family by cross-validation, then each family that was left out."""
+def of_seed(samples: list[data.Sample], runs: dict, seed: str, column: int) -> list[dict]:
+    """The table of one seed, or of their mean: each family by cross-validation, then each family that was left out."""
     label, group = np.array([s.label for s in samples]), np.array([s.group for s in samples])
     family, name = np.array([s.family for s in samples]), np.array([Path(s.file).stem for s in samples])
     logit = np.full(len(samples), np.nan)
@@ -167,11 +166,12 @@ def figures(label: np.ndarray, logit: np.ndarray, group: np.ndarray) -> dict:
     return result | {"ece": rounded(calibration_error(label, probability))}
 
 
-def of_int8(spec: str, folder: Path, samples: list[data.Sample], runs: dict, scale: list[float]) -> dict:
+def of_int8(spec: str, folder: Path, samples: list[data.Sample], runs: dict, calibrations: dict) -> dict:
     """How an int8 file (`cv0-1=model.tflite`) answers on what its training held back (`all`: on every picture), against float."""
     from ai_edge_litert.interpreter import Interpreter
 
     name, path = spec.split("=", 1)
+    scale = calibrations[name.rsplit("-", 1)[1]]["score"]
     run, plain = runs[name], np.load(folder / "plain-u8.npy", mmap_mode="r")
     if len(run["ids"]):
         ids, logit = run["ids"], run["logits"][:, 0]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-from keras import Input, Model, layers
+from keras import Input, Model, initializers, layers
 
 FEATURES = 1280
 EARLY = 128
@@ -75,8 +75,13 @@ class Heads:
     """
 
     def __init__(self):
-        self.score, self.map7 = layers.Dense(1), layers.Conv2D(1, 1)
-        self.early, self.score14, self.map14 = layers.Conv2D(EARLY, 1, activation="relu6"), layers.Dense(1), layers.Conv2D(1, 1)
+        # The same in every training, so that the weights of several can be averaged (`average.py`).
+        def init(seed: int) -> initializers.Initializer:
+            return initializers.GlorotUniform(seed)
+
+        self.score, self.map7 = layers.Dense(1, kernel_initializer=init(0)), layers.Conv2D(1, 1, kernel_initializer=init(1))
+        self.early = layers.Conv2D(EARLY, 1, activation="relu6", kernel_initializer=init(2))
+        self.score14, self.map14 = layers.Dense(1, kernel_initializer=init(3)), layers.Conv2D(1, 1, kernel_initializer=init(4))
         self.score.build((None, FEATURES))
         self.map7.build((None, 7, 7, FEATURES))
         self.early.build((None, 14, 14, 112))
@@ -86,9 +91,9 @@ class Heads:
             layer.kernel.assign(0.1 * layer.kernel)
 
     @property
-    def layers(self) -> list:
+    def variables(self) -> list:
         """In the order in which `train.save` writes them."""
-        return [self.early, self.map14, self.score14, self.score, self.map7]
+        return [v for layer in (self.early, self.map14, self.score14, self.score, self.map7) for v in layer.trainable_variables]
 
     def __call__(self, middle, features, drop=lambda x, share: x):
         """(score [n], score14 [n], map14 [n, 14, 14], map7 [n, 7, 7]), all logits; `drop(x, share)` is the dropout."""

@@ -13,16 +13,16 @@ import multiprocessing
 import os
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import cv2
 import numpy as np
+from ai_edge_litert.interpreter import Interpreter
 
 import augment
 import data
-from preprocess import SIZE, brain_roi, model_input
+from preprocess import brain_roi, model_input
 
 VIEWS = 10  # of a sample, and as many again with a generated lesion where it is tumour-free
-CHUNK = 64
+lower: Interpreter  # in each worker: the frozen layers, float
 
 
 def counts(sample: data.Sample) -> list[tuple[int, bool, float]]:
@@ -39,8 +39,36 @@ def counts(sample: data.Sample) -> list[tuple[int, bool, float]]:
     return [(VIEWS, False, 0.12), (VIEWS, True, 0.12), *wrapped]
 
 
-def render(task: tuple[int, data.Sample]) -> tuple[int, np.ndarray, list]:
-    """(number, plain picture, [(view, with a lesion, coverage uint8 [14, 14])]) of a sample."""
+def frozen(weights: Path) -> bytes:
+    """The frozen layers as a float TensorFlow Lite file: LiteRT answers fifteen times as fast as TensorFlow does."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    import tensorflow as tf  # in a process of its own: TensorFlow does not live through a fork
+
+    from network import imagenet, split
+    from preprocess import SIZE
+
+    net, _ = split(imagenet(weights))
+    concrete = tf.function(lambda image: net(image, training=False)).get_concrete_function(tf.TensorSpec((1, SIZE, SIZE, 3)))
+    return tf.lite.TFLiteConverter.from_concrete_functions([concrete], net).convert()
+
+
+def start(model: bytes) -> None:
+    """In each worker, before the first picture."""
+    global lower
+    lower = Interpreter(model_content=model, num_threads=1)
+    lower.allocate_tensors()
+
+
+def answer(picture: np.ndarray) -> np.ndarray:
+    """float16 [28, 28, 40]: the frozen layers' answer to uint8 [224, 224] grey or [224, 224, 3] RGB."""
+    real = (picture.astype(np.float32) - 127) / 128  # as network.to_float
+    lower.set_tensor(lower.get_input_details()[0]["index"], np.broadcast_to(np.atleast_3d(real), (*real.shape[:2], 3))[None])
+    lower.invoke()
+    return lower.get_tensor(lower.get_output_details()[0]["index"])[0].astype(np.float16)
+
+
+def render(task: tuple[int, data.Sample]) -> tuple[np.ndarray, np.ndarray, list]:
+    """(plain picture, its answer, [(a view's answer, with a lesion, coverage uint8 [14, 14])]) of a sample."""
     number, sample = task
     image = sample.image()
     roi, gray, made = brain_roi(image), cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), []
@@ -51,8 +79,9 @@ def render(task: tuple[int, data.Sample]) -> tuple[int, np.ndarray, list]:
             if found is not None:
                 view, coverage = found
                 cells = np.zeros((14, 14)) if coverage is None else cv2.resize(coverage, (14, 14), interpolation=cv2.INTER_AREA)
-                made.append((view, lesion, (cells * 255).astype(np.uint8)))
-    return number, model_input(image, roi), made
+                made.append((answer(view), lesion, (cells * 255).astype(np.uint8)))
+    plain = model_input(image, roi)
+    return plain, answer(plain), made
 
 
 def main() -> None:
@@ -63,13 +92,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    cv2.setNumThreads(1)  # before the workers are forked: OpenCV's threads do not live through that
     samples = data.load(args.index, args.volumes)
-    views, index, lesion, coverage = [], [], [], []
-    plain = np.zeros((len(samples), SIZE, SIZE, 3), np.uint8)
-    cv2.setNumThreads(1)
-    with multiprocessing.Pool(os.cpu_count()) as pool:
-        for number, picture, made in pool.imap(render, enumerate(samples), chunksize=8):
-            plain[number] = picture
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        model = pool.apply(frozen, [args.weights])
+    plain, answers, views, index, lesion, coverage = [], [], [], [], [], []
+    with multiprocessing.Pool(os.cpu_count(), start, [model]) as pool:
+        for number, (picture, own, made) in enumerate(pool.imap(render, enumerate(samples), chunksize=8)):
+            plain.append(picture)
+            answers.append(own)
             for view, drawn, cells in made:
                 views.append(view)
                 index.append(number)
@@ -77,17 +108,12 @@ def main() -> None:
                 coverage.append(cells)
     print(f"{len(views)} views of {len(samples)} pictures", flush=True)
     np.savez(args.out / "views.npz", index=np.array(index), lesion=np.array(lesion), coverage=np.stack(coverage))
-    np.save(args.out / "plain-u8.npy", plain)
     listed = [{k: v for k, v in dataclasses.asdict(s).items() if k != "pixels"} for s in samples]
     (args.out / "samples.json").write_text(json.dumps(listed))
-
-    from network import imagenet, split, to_float  # after the pool: TensorFlow does not live through a fork
-
-    lower, _ = split(imagenet(args.weights))
-    for name, pictures in (("plain.npy", plain), ("views.npy", views)):
-        out = np.lib.format.open_memmap(args.out / name, "w+", np.float16, (len(pictures), 28, 28, 40))
-        for start in range(0, len(pictures), CHUNK):
-            out[start : start + CHUNK] = lower(to_float(np.stack(pictures[start : start + CHUNK])), training=False).numpy()
+    for name, pictures in (("plain-u8.npy", plain), ("plain.npy", answers), ("views.npy", views)):
+        out = np.lib.format.open_memmap(args.out / name, "w+", pictures[0].dtype, (len(pictures), *pictures[0].shape))
+        for row, one in enumerate(pictures):
+            out[row] = one
         out.flush()
 
 

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # off by itself where the CPU has no AVX-512; a step takes a quarter less
 import keras
 import numpy as np
 import tensorflow as tf
@@ -44,8 +45,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     samples = [data.Sample(**entry) for entry in json.loads((args.data / "samples.json").read_text())]
-    known, views = np.load(args.data / "views.npz"), np.load(args.data / "views.npy")
-    plain = np.load(args.data / "plain.npy", mmap_mode="r")
+    known = np.load(args.data / "views.npz")
+    views, plain = (np.load(args.data / name, mmap_mode="r") for name in ("views.npy", "plain.npy"))
     for run in args.runs:
         train(run, args, samples, dict(known), views, plain)
 
@@ -75,7 +76,7 @@ def train(run: str, args, samples: list[data.Sample], known: dict, views: np.nda
     net, heads = imagenet(args.weights), Heads()
     _, upper = split(net)
     base = [v for v in upper.trainable_variables if "depthwise" not in v.path]
-    added = [v for layer in heads.layers for v in layer.trainable_variables]
+    added = heads.variables
     variables = base + added
     slow, fast = optimizer(RATE, args.steps, base), optimizer(RATE * HEAD_RATE, args.steps, added)
     average = [tf.Variable(v.value, trainable=False) for v in variables]
@@ -112,14 +113,21 @@ def train(run: str, args, samples: list[data.Sample], known: dict, views: np.nda
 
     ids = np.flatnonzero(held)
     slices = np.flatnonzero([s.family == "volumes" and s.source == volume for s in samples])
-    weights = {f"w{i:03d}": w for i, w in enumerate(net.get_weights())} | {f"h{i}": v.numpy() for i, v in enumerate(added)}
-    np.savez(args.out / f"{run}-{args.seed}.npz", ids=ids, logits=logits(upper, heads, plain[ids]), volumes=logits(upper, heads, plain[slices]), **weights)
+    save(args.out / f"{run}-{args.seed}.npz", net, heads, ids, slices, plain)
     entry = {
         "run": run, "seed": args.seed, "steps": args.steps, "losses": [round(float(x), 3) for x in np.mean(losses[-100:], 0)],
         "minutes": round((time.time() - started) / 60, 1), "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
     with open(Path(__file__).parent / "runs.jsonl", "a") as log:
         log.write(json.dumps(entry) + "\n")
+
+
+def save(path: Path, net: keras.Model, heads: Heads, ids: np.ndarray, slices: np.ndarray, plain: np.ndarray) -> None:
+    """RUN-SEED.npz: the weights, and what they say of the samples `ids` and of the healthy volume's `slices` (rows of `plain`)."""
+    _, upper = split(net)
+    weights = {f"w{i:03d}": w for i, w in enumerate(net.get_weights())} | {f"h{i}": v.numpy() for i, v in enumerate(heads.variables)}
+    said = {"logits": logits(upper, heads, plain[ids]), "volumes": logits(upper, heads, plain[slices])}
+    np.savez(path, ids=ids, slices=slices, **said, **weights)
 
 
 def logits(upper: keras.Model, heads: Heads, x: np.ndarray) -> np.ndarray:
@@ -138,7 +146,7 @@ def restore(run: dict) -> tuple[keras.Model, Heads]:
     """The backbone and heads of a RUN-SEED.npz."""
     net, heads = backbone(224), Heads()
     net.set_weights([run[f"w{i:03d}"] for i in range(len(net.get_weights()))])
-    for i, variable in enumerate(v for layer in heads.layers for v in layer.trainable_variables):
+    for i, variable in enumerate(heads.variables):
         variable.assign(run[f"h{i}"])
     return net, heads
 
