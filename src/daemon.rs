@@ -35,7 +35,7 @@ use crate::mqtt::Settings;
 use crate::pipeline::intake::{Intake, Workers};
 use crate::pipeline::worker::{self, Context};
 use crate::preview;
-use crate::progress::Board;
+use crate::progress::{Board, on_the_beat};
 use crate::publisher::Publisher;
 use crate::store::{Models, Opened, StateDir, Store};
 use crate::studies::Studies;
@@ -607,8 +607,7 @@ async fn pulse(
     health: Health,
     backlog: Arc<AtomicU64>,
 ) {
-    let mut tick = tokio::time::interval(PULSE.min(silence / 2));
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut tick = on_the_beat(PULSE.min(silence / 2));
     let mut said = false;
     loop {
         tick.tick().await;

@@ -3,9 +3,33 @@
 //! The systemd watchdog is fed from here: as long as no stopwatch has been running for longer than its loop is allowed to be
 //! silent. A timer alone would go on feeding while the work hangs.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
+
+use tokio::time::{Interval, MissedTickBehavior, interval_at};
+
+/// When the beat of this process began.
+static BEAT: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+/// The latest whole multiple of `period` since the beat began.
+fn last_beat(period: Duration) -> Instant {
+    let beats = BEAT.elapsed().as_nanos() / period.as_nanos();
+    *BEAT + period * u32::try_from(beats).unwrap_or(u32::MAX)
+}
+
+/// The next whole multiple of `period` since the beat began. Loops that look at something now and then do it on the beat, all at once, so that a processor
+/// with nothing to do is woken once a second and not once for each of them.
+pub fn next_beat(period: Duration) -> Instant {
+    last_beat(period) + period
+}
+
+/// Ticks at once, and then on the beat.
+pub fn on_the_beat(period: Duration) -> Interval {
+    let mut ticks = interval_at(last_beat(period).into(), period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    ticks
+}
 
 /// No time in milliseconds.
 const RETIRED: u64 = u64::MAX;
@@ -90,6 +114,20 @@ impl Board {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_beat_is_the_same_for_all() {
+        let (second, two) = (Duration::from_secs(1), Duration::from_secs(2));
+        let before = Instant::now();
+        let (next, every_other) = (next_beat(second), next_beat(two));
+        assert!(next > before && next <= Instant::now() + second);
+        let beats = |at: Instant, period: Duration| {
+            at.duration_since(*BEAT)
+                .as_nanos()
+                .is_multiple_of(period.as_nanos())
+        };
+        assert!(beats(next, second) && beats(every_other, two) && beats(every_other, second));
+    }
 
     #[test]
     fn a_loop_stands_still_when_it_runs_on_and_not_when_it_rests() {

@@ -5,11 +5,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::health::{self, Conditions, Health, LastError};
 use crate::message::{self, ConditionMessage, ErrorMessage, StandingNote, rfc3339};
+use crate::progress::on_the_beat;
 use crate::store::{STANDING, Store};
 
 /// Shortest time between two notes: SD cards wear.
@@ -65,8 +66,7 @@ impl Standing {
 
     /// Notes what changes until `stop`, and then that this was in order.
     pub(super) async fn keep(mut self, stop: CancellationToken) {
-        let mut tick = tokio::time::interval(PACE);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut tick = on_the_beat(PACE);
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,

@@ -27,7 +27,7 @@ use super::{Candidate, Disposition, Report};
 use crate::config::Config;
 use crate::failpoint;
 use crate::health::{Condition, Health};
-use crate::progress::Stopwatch;
+use crate::progress::{Stopwatch, on_the_beat};
 use crate::scan::{ScanFile, Stamp};
 use crate::store::{Ledger, Store, Survives, free_bytes};
 use crate::watch::{self, Hint};
@@ -277,8 +277,7 @@ impl Intake {
         let mut looking: Option<JoinHandle<Looks>> = None;
         let mut look_at = tokio::time::interval(self.look_interval());
         look_at.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut room_check = tokio::time::interval(ROOM_CHECK);
-        room_check.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut room_check = on_the_beat(ROOM_CHECK);
         loop {
             self.turn.start();
             self.dispatch();
