@@ -440,7 +440,7 @@ impl Watch {
 }
 
 /// Cores that this process may use.
-fn cores() -> usize {
+pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 

@@ -2,12 +2,14 @@
 //!
 //! The systemd watchdog is fed from here: as long as no stopwatch has been running for longer than its loop is allowed to be
 //! silent. A timer alone would go on feeding while the work hangs.
+//!
+//! And when they look: those that look at something every second or two do it on one beat.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
-use tokio::time::{Interval, MissedTickBehavior, interval_at};
+use tokio::time::{Interval, MissedTickBehavior, interval_at, sleep_until};
 
 /// When the beat of this process began.
 static BEAT: LazyLock<Instant> = LazyLock::new(Instant::now);
@@ -18,13 +20,13 @@ fn last_beat(period: Duration) -> Instant {
     *BEAT + period * u32::try_from(beats).unwrap_or(u32::MAX)
 }
 
-/// The next whole multiple of `period` since the beat began. Loops that look at something now and then do it on the beat, all at once, so that a processor
-/// with nothing to do is woken once a second and not once for each of them.
-pub fn next_beat(period: Duration) -> Instant {
-    last_beat(period) + period
+/// Waits for the next whole multiple of `period` since the beat began. Loops that look at something now and then do it on the beat, all at once,
+/// so that a processor with nothing to do is woken once a second and not once for each of them.
+pub async fn beat(period: Duration) {
+    sleep_until((last_beat(period) + period).into()).await;
 }
 
-/// Ticks at once, and then on the beat.
+/// Ticks at once, and then on the beat: for loops that have other things to do in between.
 pub fn on_the_beat(period: Duration) -> Interval {
     let mut ticks = interval_at(last_beat(period).into(), period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
@@ -119,7 +121,7 @@ mod tests {
     fn the_beat_is_the_same_for_all() {
         let (second, two) = (Duration::from_secs(1), Duration::from_secs(2));
         let before = Instant::now();
-        let (next, every_other) = (next_beat(second), next_beat(two));
+        let (next, every_other) = (last_beat(second) + second, last_beat(two) + two);
         assert!(next > before && next <= Instant::now() + second);
         let beats = |at: Instant, period: Duration| {
             at.duration_since(*BEAT)

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Alert;
 use crate::health::{Condition, Health};
 use crate::message::{AlertChange, OutboxMessage, Reporter, StudyState};
-use crate::progress::{Stopwatch, next_beat};
+use crate::progress::{Stopwatch, beat};
 use crate::store::{Store, StoreError};
 
 /// How often studies are looked at.
@@ -59,7 +59,7 @@ impl Studies {
             self.turn.start();
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = tokio::time::sleep_until(next_beat(TICK).into()) => {}
+                () = beat(TICK) => {}
             }
             let (close, complete) = view.look(
                 &self.health,

@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{Watch, WatchMode};
 use crate::health::{Condition, Health};
-use crate::progress::next_beat;
+use crate::progress::beat;
 use crate::scan::{ScanFile, Stamp};
 
 /// Hints that may wait before they become "walk everything".
@@ -117,7 +117,7 @@ pub async fn follow(
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = tokio::time::sleep_until(next_beat(FOLDER_CHECK).into()) => {}
+                () = beat(FOLDER_CHECK) => {}
             }
             let now = tokio::select! {
                 () = stop.cancelled() => return,
@@ -228,7 +228,7 @@ async fn wait_for_folder(
                 ),
             ),
         }
-        tokio::time::sleep_until(next_beat(FOLDER_CHECK).into()).await;
+        beat(FOLDER_CHECK).await;
     }
 }
 

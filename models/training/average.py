@@ -7,11 +7,8 @@ run. The seeds start from the same weights and differ by the order of views, dro
 """
 
 import argparse
-import os
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 import numpy as np
 
 from train import restore, save

@@ -23,8 +23,8 @@ from tensorflow.lite.python import schema_py_generated as schema
 from tensorflow.lite.tools import flatbuffer_utils
 
 import flatfile
-from network import BLOCKS, FEATURES, Heads, to_float
-from preprocess import SIZE
+from network import BLOCKS, FEATURES, Heads
+from preprocess import SIZE, to_float
 from train import restore
 
 # Operator -> highest version that TensorFlow Lite 1.15 has in int8.

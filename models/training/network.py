@@ -61,12 +61,6 @@ def split(net: Model) -> tuple[Model, Model]:
     return Model(net.input, seam), Model(seam, [middle, net.output])
 
 
-def to_float(pixels: np.ndarray) -> np.ndarray:
-    """What the network sees of uint8 [n, side, side] grey or [n, side, side, 3] RGB."""
-    real = (pixels.astype(np.float32) - 127.0) / 128.0
-    return np.repeat(real[..., None], 3, -1) if real.ndim == 3 else real
-
-
 class Heads:
     """What is put on the features: two exits with a score each, and a map of cells each.
 

@@ -56,3 +56,9 @@ def model_input(bgr: np.ndarray, roi: tuple[int, int, int, int], size: int = SIZ
     x, y, width, height = roi
     crop = bgr[y : y + height, x : x + width]
     return cv2.resize(crop, (size, size), interpolation=cv2.INTER_CUBIC)[:, :, ::-1].copy()
+
+
+def to_float(pixels: np.ndarray) -> np.ndarray:
+    """What the network sees of uint8 [n, side, side] grey or [n, side, side, 3] RGB."""
+    real = (pixels.astype(np.float32) - 127.0) / 128.0
+    return np.repeat(real[..., None], 3, -1) if real.ndim == 3 else real

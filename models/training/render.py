@@ -19,7 +19,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 import augment
 import data
-from preprocess import brain_roi, model_input
+from preprocess import brain_roi, model_input, to_float
 
 VIEWS = 10  # of a sample, and as many again with a generated lesion where it is tumour-free
 lower: Interpreter  # in each worker: the frozen layers, float
@@ -61,8 +61,7 @@ def start(model: bytes) -> None:
 
 def answer(picture: np.ndarray) -> np.ndarray:
     """float16 [28, 28, 40]: the frozen layers' answer to uint8 [224, 224] grey or [224, 224, 3] RGB."""
-    real = (picture.astype(np.float32) - 127) / 128  # as network.to_float
-    lower.set_tensor(lower.get_input_details()[0]["index"], np.broadcast_to(np.atleast_3d(real), (*real.shape[:2], 3))[None])
+    lower.set_tensor(lower.get_input_details()[0]["index"], to_float(picture[None]))
     lower.invoke()
     return lower.get_tensor(lower.get_output_details()[0]["index"])[0].astype(np.float16)
 

@@ -12,7 +12,7 @@ use tokio::sync::{Notify, mpsc};
 use super::classify::{Asked, open_file, read_file};
 use super::{Failure, Global};
 use crate::classifier::Classifier;
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::daemon;
 use crate::engine::EngineInfo;
 use crate::health::Health;
@@ -24,7 +24,7 @@ use crate::pipeline::{Candidate, Disposition};
 use crate::progress::Stopwatch;
 use crate::scan::{ScanFile, Stamp, sha256};
 use crate::simulate::ExportFormat;
-use crate::store::{Opened, StateDir, Store, Survives};
+use crate::store::{FLUSHES_APART, Opened, StateDir, Store, Survives};
 
 /// Generated slices, where no files are given.
 const PHANTOMS: u64 = 24;
@@ -34,9 +34,6 @@ const FILES: usize = 4000;
 
 /// Commits that are timed one by one.
 const COMMITS: i64 = 50;
-
-/// Between two of them: longer than the ledger keeps flushes apart, so that the disk is timed and not that wait.
-const BETWEEN_COMMITS: Duration = Duration::from_millis(15);
 
 #[derive(Debug, Args)]
 pub(super) struct BenchArgs {
@@ -185,7 +182,7 @@ pub(super) fn bench(global: &Global, args: &BenchArgs) -> Result<(), Failure> {
     let report = Report {
         version: env!("CARGO_PKG_VERSION"),
         processor: processor(),
-        cores: std::thread::available_parallelism().map_or(1, usize::from),
+        cores: config::cores(),
         workers,
         engine: &engine,
         model: &bundle.model_ref,
@@ -436,11 +433,12 @@ fn ledger(scratch: &Scratch) -> Result<LedgerReport, Failure> {
     let Opened { store, thread, .. } = Store::open(state.path())?;
     let (mut claims, mut commits) = (Vec::new(), Vec::new());
     for number in 0..COMMITS {
+        // So that the disk is timed, and not what the ledger keeps flushes apart.
         #[allow(
             clippy::disallowed_methods,
             reason = "this thread has nothing else to do"
         )]
-        std::thread::sleep(BETWEEN_COMMITS);
+        std::thread::sleep(FLUSHES_APART);
         let scan_id = state.key().scan_id(&sha256(&number.to_le_bytes()));
         let stamp = Stamp {
             size: 1,

@@ -9,7 +9,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::{Failure, Global, block_on};
 use crate::config::Config;
 use crate::daemon::{self, Control, Prepared};
-use crate::progress::next_beat;
+use crate::progress::beat;
 use crate::store::Models;
 use crate::{systemd, telemetry};
 
@@ -153,7 +153,7 @@ fn refuse(control: &Control, problems: &[String]) {
 /// Waits until the link to the installed model bundle holds something else than `known`.
 async fn another(models: &Models, known: Option<&PathBuf>) -> Option<PathBuf> {
     loop {
-        tokio::time::sleep_until(next_beat(LOOK).into()).await;
+        beat(LOOK).await;
         let models = models.clone();
         // A disk may hang.
         if let Ok(link) = tokio::task::spawn_blocking(move || models.link()).await

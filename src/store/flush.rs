@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use super::{Reply, StoreError, Survives};
 
 /// Flushes that follow one another are this far apart, so that one serves several commits when there are many. The first one does not wait.
-const APART: Duration = Duration::from_millis(10);
+pub const FLUSHES_APART: Duration = Duration::from_millis(10);
 
 /// Transactions that may wait for a flush. With more the disk does not keep up, and the thread that writes waits for it.
 const WAITING: usize = 256;
@@ -112,7 +112,7 @@ fn run(queue: &Receiver<Flush>, mut sync: impl FnMut() -> std::io::Result<()>, s
     while let Ok(first) = queue.recv() {
         let on_the_disk = |mark| mark <= state.flushed.load(Ordering::Relaxed);
         if !on_the_disk(first.mark)
-            && let Some(wait) = last.and_then(|last| APART.checked_sub(last.elapsed()))
+            && let Some(wait) = last.and_then(|last| FLUSHES_APART.checked_sub(last.elapsed()))
         {
             #[allow(
                 clippy::disallowed_methods,

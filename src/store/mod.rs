@@ -38,6 +38,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::oneshot;
 
+pub use flush::FLUSHES_APART;
 use flush::Flusher;
 pub use history::{Changes, History, HistoryReader, Retention};
 pub use ledger::{

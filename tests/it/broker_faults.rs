@@ -749,9 +749,11 @@ fn too_large(protocol: u8, limit: &str) {
     wait_for("a second try, or a delivery", || {
         count(&appliance, "outbox") == 0
     });
-    // A daemon that the broker tells of its larger limit brings them back by itself, perhaps just now.
+    let still = count(&appliance, "parked");
     let back = retry_all(&appliance);
-    assert!(back <= 2, "{back}");
+    // A daemon that the broker tells of its larger limit brings them back by itself, perhaps just now.
+    let told = protocol == 5 && limit.starts_with("max_packet_size");
+    assert!(back == still || told && back < still, "{back} of {still}");
     wait_for("all of them", || numbers(&subscriber).len() == 12);
     appliance.wait_until_delivered();
     assert!(parked(&appliance).is_empty());
