@@ -9,7 +9,7 @@ use serde::de::{DeserializeOwned, IntoDeserializer as _, value::Error};
 use serde_json::json;
 
 use super::ledger::{Access, open, printable};
-use super::{Failure, Global};
+use super::{Failure, Global, say, unsaid};
 use crate::commands::{PAGE, still_there};
 use crate::message::{ReprocessMessage, rfc3339_seconds};
 use crate::prediction::{Decision, RejectCode};
@@ -123,7 +123,6 @@ fn list(global: &Global, json: bool) -> Result<(), Failure> {
     let (ledger, config) = open(global, Access::Read)?;
     let folder = config.watch.folder;
     let mut out = std::io::stdout().lock();
-    let unsaid = |e: std::io::Error| Failure::Runtime(format!("standard output: {e}"));
     for scan in ledger.rejected()? {
         let at = rfc3339_seconds(scan.at);
         let files: Vec<_> = scan.places.iter().map(|p| folder.join(p)).collect();
@@ -132,7 +131,7 @@ fn list(global: &Global, json: bool) -> Result<(), Failure> {
             let line = json!({
                 "scan_id": scan.scan_id, "code": scan.code, "message": scan.message, "at": at, "queued": scan.again, "files": files,
             });
-            writeln!(out, "{line}").map_err(unsaid)?;
+            writeln!(out, "{line}").map_err(|e| unsaid(&e))?;
             continue;
         }
         let queued = if scan.again { " (queued again)" } else { "" };
@@ -145,7 +144,8 @@ fn list(global: &Global, json: bool) -> Result<(), Failure> {
                 files.join("\n    ")
             }
         };
-        writeln!(out, "{id} {at} {code:<16} {message}{queued}\n    {files}").map_err(unsaid)?;
+        writeln!(out, "{id} {at} {code:<16} {message}{queued}\n    {files}")
+            .map_err(|e| unsaid(&e))?;
     }
     Ok(())
 }
@@ -197,7 +197,7 @@ fn queue(global: &Global, selection: &Selection, how: &How) -> Result<(), Failur
         gone,
         unknown: named.saturating_sub(queued + gone),
     };
-    say(&found, how);
+    answer(&found, how)?;
     if found.unknown > 0 {
         Err(Failure::Said)
     } else {
@@ -205,10 +205,9 @@ fn queue(global: &Global, selection: &Selection, how: &How) -> Result<(), Failur
     }
 }
 
-fn say(found: &ReprocessMessage, how: &How) {
+fn answer(found: &ReprocessMessage, how: &How) -> Result<(), Failure> {
     if how.json {
-        println!("{}", json!(found));
-        return;
+        return say!("{}", json!(found));
     }
     let scans = |count| {
         if count == 1 {
@@ -218,21 +217,21 @@ fn say(found: &ReprocessMessage, how: &How) {
         }
     };
     if how.dry_run {
-        println!(
+        say!(
             "{} would be queued; nothing was changed",
             scans(found.queued)
-        );
+        )?;
     } else {
-        println!(
+        say!(
             "{} queued; the daemon begins at once, or at its next start",
             scans(found.queued)
-        );
+        )?;
     }
     if found.gone > 0 {
-        println!(
+        say!(
             "{} left out: the file has gone or holds something else by now",
             scans(found.gone)
-        );
+        )?;
     }
     if found.unknown > 0 {
         eprintln!(
@@ -240,4 +239,5 @@ fn say(found: &ReprocessMessage, how: &How) {
             found.unknown
         );
     }
+    Ok(())
 }

@@ -10,7 +10,7 @@ use serde::Serialize;
 use tokio::sync::{Notify, mpsc};
 
 use super::classify::{Asked, open_file, read_file};
-use super::{Failure, Global};
+use super::{Failure, Global, say};
 use crate::classifier::Classifier;
 use crate::config::{self, Config};
 use crate::daemon;
@@ -206,9 +206,9 @@ pub(super) fn bench(global: &Global, args: &BenchArgs) -> Result<(), Failure> {
         peak_memory_bytes: peak_memory(),
     };
     if args.json {
-        println!("{}", serde_json::json!(report));
+        say!("{}", serde_json::json!(report))?;
     } else {
-        print(&report);
+        print(&report)?;
     }
     Ok(())
 }
@@ -485,7 +485,7 @@ fn peak_memory() -> Option<u64> {
     Some(kb * 1024)
 }
 
-fn print(report: &Report<'_>) {
+fn print(report: &Report<'_>) -> Result<(), Failure> {
     let Report {
         engine,
         model,
@@ -494,11 +494,14 @@ fn print(report: &Report<'_>) {
         images_per_second: rate,
         ..
     } = report;
-    println!(
+    say!(
         "ScanSentry {}, {}, {} core(s), {} worker(s)",
-        report.version, report.processor, report.cores, report.workers
-    );
-    println!(
+        report.version,
+        report.processor,
+        report.cores,
+        report.workers
+    )?;
+    say!(
         "{} {} on {} {}, {}, {} thread(s); loaded and checked in {:.0} ms",
         model.name,
         model.version,
@@ -507,38 +510,40 @@ fn print(report: &Report<'_>) {
         engine.delegate,
         engine.threads,
         report.load_ms
-    );
-    println!(
+    )?;
+    say!(
         "{} {} image(s), {} bytes on average\n",
-        images.count, images.source, images.mean_bytes
-    );
-    println!("{:<28}{:>9}{:>9}", "milliseconds", "median", "p95");
-    let line = |name: &str, spread: &Spread| {
-        println!("{name:<28}{:>9.2}{:>9.2}", spread.median, spread.p95);
-    };
-    line("identify (SHA-256)", &stages_ms.identify);
-    line("decode", &stages_ms.decode);
-    line("crop", &stages_ms.roi);
-    line("resize, quantize", &stages_ms.resize);
-    line("infer", &stages_ms.infer);
-    line("decode to prediction", &stages_ms.total);
+        images.count,
+        images.source,
+        images.mean_bytes
+    )?;
+    say!("{:<28}{:>9}{:>9}", "milliseconds", "median", "p95")?;
+    let line =
+        |name: &str, spread: &Spread| say!("{name:<28}{:>9.2}{:>9.2}", spread.median, spread.p95);
+    line("identify (SHA-256)", &stages_ms.identify)?;
+    line("decode", &stages_ms.decode)?;
+    line("crop", &stages_ms.roi)?;
+    line("resize, quantize", &stages_ms.resize)?;
+    line("infer", &stages_ms.infer)?;
+    line("decode to prediction", &stages_ms.total)?;
     if let Some(ledger) = &report.ledger {
-        line("ledger: claim", &ledger.claim_ms);
-        line("ledger: commit, on the disk", &ledger.commit_ms);
+        line("ledger: claim", &ledger.claim_ms)?;
+        line("ledger: commit, on the disk", &ledger.commit_ms)?;
     }
-    println!("\n{:<28}{:>9}", "images a second", "");
-    println!("{:<28}{:>9.1}", "one worker", rate.one_worker);
-    println!("{:<28}{:>9.1}   the bound", "all workers", rate.bound);
+    say!("\n{:<28}{:>9}", "images a second", "")?;
+    say!("{:<28}{:>9.1}", "one worker", rate.one_worker)?;
+    say!("{:<28}{:>9.1}   the bound", "all workers", rate.bound)?;
     if let Some(recorded) = rate.recorded {
-        println!(
+        say!(
             "{:<28}{recorded:>9.1}   {:.0} % of the bound",
             "file to committed outcome",
             recorded / rate.bound * 100.0
-        );
+        )?;
     }
     if let Some(bytes) = report.peak_memory_bytes {
-        println!("\npeak memory of this run {:.0} MB", bytes as f64 / 1e6);
+        say!("\npeak memory of this run {:.0} MB", bytes as f64 / 1e6)?;
     }
+    Ok(())
 }
 
 #[cfg(test)]

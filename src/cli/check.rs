@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{Failure, Global, become_owner, block_on};
+use super::{Failure, Global, become_owner, block_on, say};
 use crate::config::Config;
 use crate::daemon::{self, Files};
 use crate::mqtt::{Event, Session};
@@ -64,7 +64,7 @@ pub(super) fn check(global: &Global, args: &CheckArgs) -> Result<(), Failure> {
         Ok(prepared) => {
             problems.extend(prepared.refused().iter().cloned());
             if problems.is_empty() {
-                println!("ok: {}", prepared.describe());
+                say!("ok: {}", prepared.describe())?;
                 return Ok(());
             }
         }

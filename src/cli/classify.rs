@@ -9,7 +9,7 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{Failure, Global, become_owner, other_owner};
+use super::{Failure, Global, become_owner, other_owner, unsaid};
 use crate::classifier::Classifier;
 use crate::config::Config;
 use crate::daemon::bundles::{self, Refusal};
@@ -231,8 +231,7 @@ pub(super) fn classify(global: &Global, args: &ClassifyArgs) -> Result<(), Failu
             };
             let json =
                 serde_json::to_string(&line).expect("a line holds only strings, numbers and lists");
-            writeln!(out, "{json}")
-                .map_err(|e| Failure::Runtime(format!("standard output: {e}")))?;
+            writeln!(out, "{json}").map_err(|e| unsaid(&e))?;
         }
     }
     if failed { Err(Failure::Said) } else { Ok(()) }

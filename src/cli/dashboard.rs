@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use super::{Failure, Global, block_on};
+use super::{Failure, Global, block_on, say};
 use crate::config::Config;
 use crate::dashboard::Dashboard;
 use crate::metrics::DashboardMetrics;
@@ -50,7 +50,8 @@ pub(super) fn dashboard(global: &Global) -> Result<(), Failure> {
             inbox: None,
         };
         let ready = |url: &str| {
-            println!("{url}");
+            // Served all the same to those who know the address.
+            let _ = say!("{url}");
             systemd::ready();
         };
         let mut running = std::pin::pin!(dashboard.run(None, stop.clone(), ready));

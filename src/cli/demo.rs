@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::Value;
 
-use super::{Failure, block_on};
+use super::{Failure, block_on, say};
 use crate::broker::EmbeddedBroker;
 use crate::config::{Config, LogFormat};
 use crate::daemon::{self, Control};
@@ -74,20 +74,20 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
         .with_client_id("scansentry-demo-listener".into());
     let prepared = daemon::prepare(config).map_err(Failure::Configuration)?;
 
-    println!("ScanSentry demo - research use only, not for diagnosis");
-    println!("  {}", prepared.describe());
-    println!("  export folder  {}", watched.display());
-    println!(
+    say!("ScanSentry demo - research use only, not for diagnosis")?;
+    say!("  {}", prepared.describe())?;
+    say!("  export folder  {}", watched.display())?;
+    say!(
         "  broker         {} (topics scansentry/demo/demo/#)",
         broker.url()
-    );
+    )?;
     match &args.images {
-        Some(folder) => println!("  images         {}", folder.display()),
+        Some(folder) => say!("  images         {}", folder.display())?,
         None => {
-            println!("  images         generated phantoms, every second one with a bright lesion");
+            say!("  images         generated phantoms, every second one with a bright lesion")?;
         }
     }
-    println!("  Ctrl-C stops");
+    say!("  Ctrl-C stops")?;
 
     let simulator = Simulator {
         to: watched,
@@ -102,7 +102,8 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
     let stopping = Arc::new(AtomicBool::new(false));
     let open = args.open;
     let page = move |url: &str| {
-        println!("  dashboard      {url}\n");
+        // Should nobody read it, the first result ends the demo.
+        let _ = say!("  dashboard      {url}\n");
         if open {
             // Without a desktop the address above has to do.
             let _ = std::process::Command::new("xdg-open")
@@ -142,7 +143,9 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
                     Err(error) => break Err(Failure::Runtime(format!("simulate: {error}"))),
                 },
                 event = session.next() => match event {
-                    Event::Message { topic, payload, .. } => tally.show(&topic, &payload),
+                    Event::Message { topic, payload, .. } => if let Err(unread) = tally.show(&topic, &payload) {
+                        break Err(unread);
+                    },
                     Event::Lost(reason) => break Err(Failure::Runtime(format!("broker: {reason}"))),
                     _ => {}
                 },
@@ -155,8 +158,7 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
         if !running.is_finished() {
             let _ = (&mut running).await;
         }
-        tally.summary();
-        end
+        end.and(tally.summary())
     })
 }
 
@@ -182,9 +184,9 @@ struct Tally {
 }
 
 impl Tally {
-    fn show(&mut self, topic: &str, payload: &[u8]) {
+    fn show(&mut self, topic: &str, payload: &[u8]) -> Result<(), Failure> {
         let Ok(message) = serde_json::from_slice::<Value>(payload) else {
-            return;
+            return Ok(());
         };
         let text = |key: &str| message[key].as_str().unwrap_or("-").to_owned();
         match topic.rsplit('/').next() {
@@ -200,37 +202,41 @@ impl Tally {
                 if message["outcome"] == "classified" {
                     let probability = message["probability"].as_f64().unwrap_or_default();
                     let total = message["timings_ms"]["total"].as_f64().unwrap_or_default();
-                    println!(
+                    say!(
                         "{:>5}  {scan}  {:<13}  p {probability:.3}  {}  {:<47}  {total:.1} ms",
                         self.results,
                         text("decision"),
                         bar(probability),
                         text("statement")
-                    );
+                    )?;
                 } else {
                     let reason = message["rejected"]["message"].as_str().unwrap_or("-");
-                    println!(
+                    say!(
                         "{:>5}  {scan}  {:<13}  {reason}",
                         self.results,
                         text("outcome")
-                    );
+                    )?;
                 }
             }
-            Some("alert") => println!(
+            Some("alert") => say!(
                 "       ALERT {}: {} of {} images in this study positive",
                 text("state"),
                 message["positives"],
                 message["images"]
-            ),
+            )?,
             _ => {}
         }
+        Ok(())
     }
 
-    fn summary(&self) {
-        println!(
+    fn summary(&self) -> Result<(), Failure> {
+        say!(
             "\n{} results: {} positive, {} negative, {} other. Research use only, not for diagnosis.",
-            self.results, self.positive, self.negative, self.other
-        );
+            self.results,
+            self.positive,
+            self.negative,
+            self.other
+        )
     }
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use clap::Args;
 use serde_json::{Value, json};
 
-use super::{Failure, Global, become_owner};
+use super::{Failure, Global, become_owner, say};
 use crate::config::Config;
 use crate::message::{Backlog, Counts};
 use crate::scan::ScanId;
@@ -168,7 +168,7 @@ impl Status {
         self.daemon == Daemon::Running && self.state == "ok"
     }
 
-    fn print(&self) {
+    fn print(&self) -> Result<(), Failure> {
         let text = |value: &Value| value.as_str().unwrap_or("?").to_owned();
         let at = text(&self.at);
         let daemon = match self.daemon {
@@ -180,10 +180,10 @@ impl Status {
             }
             Daemon::Unknown => "has not said anything of itself yet".to_owned(),
         };
-        println!("daemon         {daemon}");
+        say!("daemon         {daemon}")?;
         let conditions = self.conditions.as_array().into_iter().flatten();
         if matches!(self.daemon, Daemon::Running | Daemon::Died) {
-            println!("state          {}", text(&self.state));
+            say!("state          {}", text(&self.state))?;
         }
         for condition in conditions {
             let (code, since, message) = (
@@ -191,61 +191,65 @@ impl Status {
                 text(&condition["since"]),
                 text(&condition["message"]),
             );
-            println!("  {code} since {since}: {message}");
+            say!("  {code} since {since}: {message}")?;
         }
         for warning in &self.warnings {
-            println!("warning        {warning}");
+            say!("warning        {warning}")?;
         }
         if !self.last_error.is_null() {
-            println!(
+            say!(
                 "last error     {}   {}",
                 text(&self.last_error["at"]),
                 text(&self.last_error["message"])
-            );
+            )?;
         }
         let counts = &self.counts;
-        println!(
+        say!(
             "classified     {:>10}   of these positive {}, indeterminate {}",
-            counts.classified, counts.positive, counts.indeterminate
-        );
-        println!("rejected       {:>10}", counts.rejected);
+            counts.classified,
+            counts.positive,
+            counts.indeterminate
+        )?;
+        say!("rejected       {:>10}", counts.rejected)?;
         for (code, count) in &self.rejections {
-            println!("  {code:<20} {count:>3}");
+            say!("  {code:<20} {count:>3}")?;
         }
-        println!("skipped        {:>10}", counts.skipped);
+        say!("skipped        {:>10}", counts.skipped)?;
         if self.queued_again > 0 {
-            println!(
+            say!(
                 "queued again   {:>10}   their outcomes stand until there are new ones",
                 self.queued_again
-            );
+            )?;
         }
-        println!("open alerts    {:>10}", self.open_alerts);
-        println!(
+        say!("open alerts    {:>10}", self.open_alerts)?;
+        say!(
             "delivered      {:>10}   messages acknowledged by the broker",
             counts.delivered
-        );
+        )?;
         let Backlog {
             files,
             messages,
             oldest,
         } = &self.backlog;
         if self.daemon != Daemon::Unknown {
-            println!("waiting        {files:>10}   files, as of {at}");
+            say!("waiting        {files:>10}   files, as of {at}")?;
         }
         let oldest = oldest.as_ref().map(|at| format!(", the oldest from {at}"));
-        println!(
+        say!(
             "               {messages:>10}   messages{}",
             oldest.unwrap_or_default()
-        );
+        )?;
         if counts.parked + counts.dropped > 0 {
-            println!(
+            say!(
                 "parked         {:>10}   not taken by the broker, see scansentry outbox list; dropped {}",
-                counts.parked, counts.dropped
-            );
+                counts.parked,
+                counts.dropped
+            )?;
             for (reason, count) in &self.parked {
-                println!("  {count:>6} {reason}");
+                say!("  {count:>6} {reason}")?;
             }
         }
+        Ok(())
     }
 }
 
@@ -253,9 +257,9 @@ pub(super) fn status(global: &Global, args: &StatusArgs) -> Result<(), Failure> 
     let (ledger, config) = open(global, Access::Read)?;
     let status = Status::read(&ledger, &config)?;
     if args.json {
-        println!("{}", json!(status));
+        say!("{}", json!(status))?;
     } else {
-        status.print();
+        status.print()?;
     }
     if args.check && !status.good() {
         return Err(Failure::Said);
@@ -275,9 +279,9 @@ pub(super) fn lookup(global: &Global, args: &LookupArgs) -> Result<(), Failure> 
             "scan id: {scan_id} is not in this ledger; ask the appliance that published it"
         )));
     };
-    println!("{}", outcome.as_deref().unwrap_or("no outcome yet"));
+    say!("{}", outcome.as_deref().unwrap_or("no outcome yet"))?;
     for path in paths {
-        println!("{}", printable(&config.watch.folder.join(path)));
+        say!("{}", printable(&config.watch.folder.join(path)))?;
     }
     Ok(())
 }

@@ -1,4 +1,6 @@
-//! The command line: arguments, verbs, exit codes.
+//! The command line: arguments, verbs, exit codes. Standard output is written with [`say!`], which a closed pipe does not make panic.
+
+#![deny(clippy::print_stdout)]
 
 mod again;
 mod bench;
@@ -13,6 +15,7 @@ mod outbox;
 mod run;
 mod simulate;
 
+use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -103,6 +106,26 @@ impl Failure {
         }
     }
 }
+
+/// What cannot be written on standard output. A reader that has seen enough (`| head`) is no reason to say anything.
+fn unsaid(error: &std::io::Error) -> Failure {
+    match error.kind() {
+        ErrorKind::BrokenPipe => Failure::Said,
+        _ => Failure::Runtime(format!("standard output: {error}; give it room")),
+    }
+}
+
+fn write_line(line: std::fmt::Arguments<'_>) -> Result<(), Failure> {
+    writeln!(std::io::stdout(), "{line}").map_err(|e| unsaid(&e))
+}
+
+/// A line on standard output, or why the verb ends.
+macro_rules! say {
+    ($($part:tt)*) => {
+        $crate::cli::write_line(format_args!($($part)*))
+    };
+}
+use say;
 
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Subcommand;
 use serde_json::{Value, json};
 
-use super::{Failure, Global, become_owner};
+use super::{Failure, Global, become_owner, say};
 use crate::classifier::{Bundle, Classifier, SignatureState};
 use crate::config::Config;
 use crate::daemon::bundles::{self, Candidate, Refusal, Unchanged};
@@ -69,28 +69,28 @@ fn show(config: &Config, as_json: bool) -> Result<(), Failure> {
             Some(Ok(found)) => described(&found.candidate, &found.loaded),
             _ => Value::Null,
         };
-        println!("{shown}");
+        say!("{shown}")?;
         return Ok(());
     }
     let bundle = classifier.bundle();
     let manifest = &bundle.manifest;
-    let line = |name: &str, value: &str| println!("{name:<12} {value}");
-    line("model", &title(bundle));
-    line("", &manifest.description);
-    line("use", &manifest.intended_use);
-    line("sha256", &bundle.model_ref.sha256);
-    line("manifest", &bundle.manifest_sha256);
-    line("signature", signature_text(bundle.signature));
-    line("labels", &labels(bundle));
-    line("decision", &classifier.rule().to_string());
+    let line = |name: &str, value: &str| say!("{name:<12} {value}");
+    line("model", &title(bundle))?;
+    line("", &manifest.description)?;
+    line("use", &manifest.intended_use)?;
+    line("sha256", &bundle.model_ref.sha256)?;
+    line("manifest", &bundle.manifest_sha256)?;
+    line("signature", signature_text(bundle.signature))?;
+    line("labels", &labels(bundle))?;
+    line("decision", &classifier.rule().to_string())?;
     let golden = &manifest.golden;
     let images = golden.image.len();
     line(
         "golden",
         &format!("{images} images within {}", golden.tolerance),
-    );
-    line("engine", &classifier.engine_info().to_string());
-    line("place", &place(&candidate));
+    )?;
+    line("engine", &classifier.engine_info().to_string())?;
+    line("place", &place(&candidate))?;
     let back = match &before {
         None => "nothing is installed".to_owned(),
         Some(Err(_)) => "no bundle that can be used".to_owned(),
@@ -99,9 +99,9 @@ fn show(config: &Config, as_json: bool) -> Result<(), Failure> {
             format!("{title}, {}", place(&found.candidate))
         }
     };
-    line("rollback to", &back);
+    line("rollback to", &back)?;
     for problem in found.refused {
-        line("refused", &problem);
+        line("refused", &problem)?;
     }
     Ok(())
 }
@@ -171,13 +171,13 @@ fn verify(config: &Config, dir: Option<&Path>) -> Result<(), Failure> {
         return Err(Failure::Configuration(refused));
     }
     let bundle = classifier.bundle();
-    println!(
+    say!(
         "ok: {}; {} golden images on {}; signature {}",
         title(bundle),
         bundle.manifest.golden.image.len(),
         classifier.engine_info(),
         signature_text(bundle.signature)
-    );
+    )?;
     Ok(())
 }
 
@@ -189,9 +189,9 @@ fn install(config: &Config, dir: &Path) -> Result<(), Failure> {
         bundles::install(config, source).map_err(|unchanged| failure(config, unchanged))?;
     let title = title(classifier.bundle());
     if anew {
-        println!("installed: {title}; a running daemon takes it over within a few seconds");
+        say!("installed: {title}; a running daemon takes it over within a few seconds")?;
     } else {
-        println!("unchanged: {title} is installed already");
+        say!("unchanged: {title} is installed already")?;
     }
     Ok(())
 }
@@ -201,11 +201,11 @@ fn rollback(config: &Config) -> Result<(), Failure> {
     for line in found.refused {
         eprintln!("{line}");
     }
-    println!(
+    say!(
         "back to: {} ({}); a running daemon takes it over within a few seconds",
         title(found.loaded.bundle()),
         found.candidate.place.as_str()
-    );
+    )?;
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use clap::{ArgGroup, Args, Subcommand};
 use serde_json::json;
 
 use super::ledger::{Access, open};
-use super::{Failure, Global};
+use super::{Failure, Global, say, unsaid};
 use crate::message::{Kind, rfc3339_seconds};
 
 #[derive(Debug, Subcommand)]
@@ -61,7 +61,7 @@ fn list(global: &Global, json: bool) -> Result<(), Failure> {
                 "{seq:>8} {kind:<14} {bytes:>7} bytes, of {recorded}, set aside {parked}: {reason}"
             )
         };
-        writeln!(out, "{line}").map_err(|e| Failure::Runtime(format!("standard output: {e}")))?;
+        writeln!(out, "{line}").map_err(|e| unsaid(&e))?;
     }
     Ok(())
 }
@@ -74,10 +74,10 @@ fn retry(global: &Global, args: &RetryArgs) -> Result<(), Failure> {
     let queued = ledger.retry((!args.all).then_some(&numbers[..]))?;
     let unknown = (numbers.len() as u64).saturating_sub(queued);
     if args.json {
-        println!("{}", json!({ "queued": queued, "unknown": unknown }));
+        say!("{}", json!({ "queued": queued, "unknown": unknown }))?;
     } else {
         let messages = if queued == 1 { "message" } else { "messages" };
-        println!("{queued} {messages} queued; the daemon sends at once, or at its next start");
+        say!("{queued} {messages} queued; the daemon sends at once, or at its next start")?;
     }
     if unknown == 0 {
         return Ok(());

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::Failure;
+use super::{Failure, say};
 use crate::simulate::{ExportFormat, SimulateError, Simulator, Writing};
 
 #[derive(Debug, Args)]
@@ -61,7 +61,7 @@ pub(super) fn simulate(args: &SimulateArgs) -> Result<(), Failure> {
     };
     // Ctrl-C ends the process; a file that was being written keeps its temporary name.
     let exported = simulator.run(|| false, |_| {}).map_err(|e| failure(&e))?;
-    println!("{exported} images exported to {}", args.to.display());
+    say!("{exported} images exported to {}", args.to.display())?;
     Ok(())
 }
 

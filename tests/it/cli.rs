@@ -445,6 +445,34 @@ fn check_lists_every_problem_and_exits_78() {
 }
 
 #[test]
+fn a_closed_pipe_ends_a_verb_quietly_and_a_full_disk_with_a_word() {
+    let bundle = bundle();
+    let into = |stdout: std::process::Stdio| {
+        Command::new(env!("CARGO_BIN_EXE_scansentry"))
+            .args(["model", "verify", bundle.to_str().unwrap()])
+            .env_remove("SCANSENTRY_CONFIG")
+            .stdout(stdout)
+            .output()
+            .unwrap()
+    };
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = into(writer.into());
+    assert_eq!((output.status.code(), &*stderr(&output)), (Some(1), ""));
+    let full = std::fs::File::options()
+        .write(true)
+        .open("/dev/full")
+        .unwrap();
+    let output = into(full.into());
+    assert_eq!(output.status.code(), Some(1));
+    let said = stderr(&output);
+    assert!(
+        said.starts_with("standard output: ") && said.lines().count() == 1,
+        "{said}"
+    );
+}
+
+#[test]
 fn wrong_configuration_and_usage_have_their_exit_codes() {
     let appliance = Appliance::with("mqtt://127.0.0.1:1", "[mqqt]\nport = 1\n");
     for verb in [&["run"][..], &["check"], &["status"]] {
