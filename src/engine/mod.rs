@@ -4,6 +4,7 @@
 //! Which runtimes a build has is decided by its features and its target: see `build.rs`, which sets `cfg(litert)` and
 //! `cfg(tflite)`.
 
+mod helpers;
 #[cfg(litert)]
 mod litert;
 mod model_file;
@@ -15,6 +16,8 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use serde::Serialize;
+
+use helpers::{Helped, Helpers};
 
 pub use crate::tensor::{ElementType, QuantParams, TensorSpec};
 
@@ -174,5 +177,7 @@ pub fn load(
             ))),
         }
     };
-    stderr::explained(load)
+    let (engine, helpers) = Helpers::of(|| stderr::explained(load));
+    let engine = engine?;
+    Ok(Box::new(Helped { engine, helpers }))
 }

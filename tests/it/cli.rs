@@ -559,7 +559,7 @@ fn bench_measures_every_stage_and_leaves_nothing_behind() {
         );
         assert!(0.0 < median && median <= p95, "{stage}: {spread}");
     }
-    for rate in ["one_worker", "bound", "recorded"] {
+    for rate in ["one_worker", "all_workers", "bound", "recorded"] {
         assert!(
             report["images_per_second"][rate].as_f64().unwrap() > 0.0,
             "{rate}"
