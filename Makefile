@@ -134,7 +134,7 @@ model:
 model-train:
 	INDEX=$(SHARED_DATA)/mri/index.csv models/training/train.sh render train
 model-evaluate:
-	INDEX=$(SHARED_DATA)/mri/index.csv models/training/train.sh average evaluate
+	INDEX=$(SHARED_DATA)/mri/index.csv models/training/train.sh evaluate
 model-convert:
 	INDEX=$(SHARED_DATA)/mri/index.csv models/training/train.sh convert bundle
 

@@ -1,8 +1,8 @@
 """Put a bundle together: manifest.toml, the golden phantoms with what the int8 model says of them, MODEL_CARD.md.
 
-    bundle.py --model model.tflite --evaluation evaluation.json --out models/braintumor [--version 0.2.1]
+    bundle.py --model model.tflite --evaluation evaluation.json [--small] --out models/braintumor [--version 0.2.1]
 
-The model card's text is model_card.md; {placeholders} are filled from the evaluation.
+The model card's text is model_card.md, of the small network model_card_small.md; {placeholders} are filled from the evaluation.
 """
 
 import argparse
@@ -25,12 +25,21 @@ GOLDEN = {
     "phantom-plain-bright-ventricles.png": (14, False, {"size": 200, "stripped": 1.0, "noise": 2.0, "ventricle": 1.0}),
 }
 TEMPLATE = Path(__file__).with_name("manifest.template.toml")
+# The network after all blocks, and the one after block 10: what the manifest and its file name say, and `convert.EXIT`.
+KINDS = {
+    False: {"name": "braintumor", "network": "EfficientNet-Lite0", "cells": "7x7", "card": "model_card.md", "exit": "score"},
+    True: {
+        "name": "braintumor-small", "network": "Blocks 0-10 of EfficientNet-Lite0", "cells": "14x14",
+        "card": "model_card_small.md", "exit": "score of the smaller network",
+    },
+}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--evaluation", type=Path, help="evaluation.json; without it no model card is written")
+    parser.add_argument("--small", action="store_true", help="MODEL is the exit after block 10")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--version", default="0.2.1")
     args = parser.parse_args()
@@ -38,7 +47,9 @@ def main() -> None:
     golden.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(args.model, args.out / "model.tflite")
     digest = hashlib.sha256(args.model.read_bytes()).hexdigest()
-    manifest = TEMPLATE.read_text().replace("@VERSION@", args.version).replace("@SHA256@", digest)
+    kind, manifest = KINDS[args.small], TEMPLATE.read_text()
+    for key, value in {"NAME": kind["name"], "NETWORK": kind["network"], "CELLS": kind["cells"], "VERSION": args.version, "SHA256": digest}.items():
+        manifest = manifest.replace(f"@{key}@", value)
     (args.out / "manifest.toml").write_text(manifest)
 
     bundle = Bundle(args.out)
@@ -49,15 +60,15 @@ def main() -> None:
         manifest += f'\n[[golden.image]]\nfile = "golden/{name}"\nprobability = {line["probability"]:.8g}\n'
     (args.out / "manifest.toml").write_text(manifest)
     if args.evaluation:
-        card = Path(__file__).with_name("model_card.md").read_text()
+        card = Path(__file__).with_name(kind["card"]).read_text()
         figures = json.loads(args.evaluation.read_text())
-        for key, text in card_tables(figures).items():
+        for key, text in card_tables(figures, kind["exit"]).items():
             card = card.replace("{" + key + "}", text)
         (args.out / "MODEL_CARD.md").write_text(card.replace("{version}", args.version).replace("{sha256}", digest))
 
 
-def card_tables(figures: dict) -> dict[str, str]:
-    """The placeholders of model_card.md: name -> Markdown."""
+def card_tables(figures: dict, exit_name: str) -> dict[str, str]:
+    """The placeholders of a model card: name -> Markdown. int8 and size are of the exit with that name."""
 
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.2f}"
@@ -77,7 +88,7 @@ def card_tables(figures: dict) -> dict[str, str]:
         return head + "\n".join(lines)
 
     def by_seed(rows: list[dict]) -> str:
-        """Each seed by itself, and the mean of their weights: `1 / 2 / 3 / mean`."""
+        """Each seed by itself: `1 / 2 / 3`."""
         seeds, keys = sorted({r["seed"] for r in rows}), ("auc", "accuracy", "sensitivity", "specificity", "ece")
         lines = ["| on | AUC | accuracy | sensitivity | specificity | ECE |\n|---|---|---|---|---|---|"]
         for on in dict.fromkeys(r["on"] for r in rows):
@@ -87,8 +98,9 @@ def card_tables(figures: dict) -> dict[str, str]:
         return "\n".join(lines)
 
     exits = figures["exits"]
-    held = next(entry for entry in figures["int8"] if entry["run"].startswith("cv"))
-    shipped = next(entry for entry in figures["int8"] if entry["run"].startswith("all"))
+    int8 = [entry for entry in figures["int8"] if entry["exit"] == exit_name]
+    held = next(entry for entry in int8 if entry["run"].startswith("cv"))
+    shipped = next(entry for entry in int8 if entry["run"].startswith("all"))
     seed = shipped["run"].rsplit("-", 1)[1]
     families = ", ".join(f"{f} {held['auc_float'][f]:.3f} / {held['auc_int8'][f]:.3f}" for f in held["auc_float"])
     return {

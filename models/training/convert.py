@@ -1,6 +1,6 @@
 """A training's weights -> full-int8 TFLite file with uint8 input and outputs, and a check of what came out. `exact.py` is next.
 
-    convert.py --data DIR --run RUN-SEED.npz --evaluation evaluation.json --out model.tflite
+    convert.py --data DIR --run RUN-SEED.npz --evaluation evaluation.json [--small] --out model.tflite
 
 Two engines must load the file, LiteRT 2.1.4 and TensorFlow Lite 1.15 (2019), so only the operators and versions in
 ALLOWED may appear, and the layout is fixed: see `check`. The ranges of all tensors are set here, not by the converter:
@@ -23,7 +23,7 @@ from tensorflow.lite.python import schema_py_generated as schema
 from tensorflow.lite.tools import flatbuffer_utils
 
 import flatfile
-from network import BLOCKS, FEATURES, Heads
+from network import BLOCKS, Heads
 from preprocess import SIZE, to_float
 from train import restore
 
@@ -42,6 +42,8 @@ ALLOWED = {
 # are, and what they "speak against" is only a lesion in that place.
 MAP_GAIN = 4.0
 OUTPUTS = ("logit", "map")
+SMALL = 11  # blocks of the small network
+EXIT = ("score", "score of the smaller network")  # as `evaluate.py` names them
 CALIBRATION_IMAGES = 200
 KEPT = 0.9999
 
@@ -51,16 +53,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--evaluation", type=Path, help="evaluation.json with the calibration; without it, none")
+    parser.add_argument("--small", action="store_true", help="the exit after block 10, with a map of 14x14")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     with np.load(args.run) as saved:
         (net, heads), held = restore(dict(saved)), saved["ids"]
     seed = args.run.stem.rsplit("-", 1)[1]
-    scale = json.loads(args.evaluation.read_text())["platt"][seed]["score"] if args.evaluation else [1.0, 0.0]
+    scale = json.loads(args.evaluation.read_text())["platt"][seed][EXIT[args.small]] if args.evaluation else [1.0, 0.0]
     plain = np.load(args.data / "plain-u8.npy", mmap_mode="r")
     usable = np.setdiff1d(np.arange(len(plain)), held)
     chosen = np.random.default_rng(7).choice(usable, CALIBRATION_IMAGES, replace=False)
-    network = Deployed(net, heads, scale)
+    network = Deployed(net, heads, scale, args.small)
     network.calibrate(plain[np.sort(chosen)])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_bytes(quantize(network))
@@ -69,13 +72,17 @@ def main() -> None:
 
 
 class Deployed(tf.Module):
-    """The model as shipped: image [1, 224, 224, 3] -> probability [1, 1] and map [1, 7, 7, 1], with its ranges."""
+    """The model as shipped: image [1, 224, 224, 3] -> probability [1, 1] and map [1, 7, 7, 1] (`small`: [1, 14, 14, 1]), with its ranges."""
 
-    def __init__(self, net: keras.Model, heads: Heads, scale: list[float]):
+    def __init__(self, net: keras.Model, heads: Heads, scale: list[float], small: bool):
         super().__init__()
+        self.small = small
+        score, cells, parts = (heads.score14, heads.map14, 4) if small else (heads.score, heads.map7, 1)
         weights = folded(net) | {
-            "score": (scale[0] * heads.score.kernel, scale[0] * heads.score.bias + scale[1]),
-            "map": (MAP_GAIN * heads.map7.kernel, MAP_GAIN * heads.map7.bias),
+            "early": (heads.early.kernel, heads.early.bias),
+            # Of the small one's 14x14 cells four means of 7x7 are taken, and of those, in here, the mean: see `exact.py`.
+            "score": (scale[0] * np.tile(score.kernel, (parts, 1)) / parts, scale[0] * score.bias + scale[1]),
+            "map": (MAP_GAIN * cells.kernel, MAP_GAIN * cells.bias),
         }
         self.weights = {name: (tf.constant(kernel), tf.constant(bias)) for name, (kernel, bias) in weights.items()}
         self.shifts: dict[str, list[np.ndarray]] | None = None
@@ -95,10 +102,12 @@ class Deployed(tf.Module):
                 y = self.conv(name + "_project_conv", y, 1, relu=False)
                 x = self.ranged(name + "sum", x + y) if stride == 1 and channels == out else y
                 channels, block = out, block + 1
-        x = self.conv("_conv_head", x, 1, relu=True)
+            if self.small and block == SMALL:
+                break
+        x = self.conv("early" if self.small else "_conv_head", x, 1, relu=True)
         # Not a mean: TensorFlow Lite 1.15 on 32-bit ARM gives int8 MEAN one step too much in every channel.
-        pooled = tf.reshape(self.ranged("pool", tf.nn.avg_pool2d(x, 7, 7, "VALID")), (-1, FEATURES))
         kernel, bias = self.weights["score"]
+        pooled = tf.reshape(self.ranged("pool", tf.nn.avg_pool2d(x, 7, 7, "VALID")), (-1, len(kernel)))
         logit = self.ranged("logit", tf.matmul(pooled, kernel) + bias)
         kernel, bias = self.weights["map"]
         return [tf.sigmoid(logit), self.ranged("map", tf.nn.relu(tf.nn.conv2d(x, kernel, 1, "VALID") + bias))]
@@ -153,6 +162,8 @@ class Deployed(tf.Module):
             self.ranges[name] = (-zero * step, (255 - zero) * step)
         first = 0
         for repeats, *_ in BLOCKS:
+            if self.small and first == SMALL:
+                break
             stage = [f"_blocks.{block}.{part}" for block in range(first, first + repeats) for part in ("_project_conv", "sum")]
             if repeats > 1:
                 joined = [name for name in stage if name in self.ranges]
@@ -220,7 +231,8 @@ def check(path: Path) -> list[str]:
         lines.append(f"operator {name} version {version}: {count}")
         if version > ALLOWED.get(name, 0):
             raise SystemExit(f"{path}: operator {name} version {version} is not in TensorFlow Lite 1.15")
-    expected = {"image": [1, SIZE, SIZE, 3], "probability": [1, 1], "map": [1, 7, 7, 1]}
+    side = int(graph.tensors[graph.outputs[1]].shape[1]) if len(graph.outputs) == 2 else 7
+    expected = {"image": [1, SIZE, SIZE, 3], "probability": [1, 1], "map": [1, side, side, 1]}
     for role, indices in (("input", graph.inputs), ("output", graph.outputs)):
         for position, index in enumerate(indices):
             tensor = graph.tensors[index]

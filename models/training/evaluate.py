@@ -1,6 +1,6 @@
 """The figures of all trainings of a recipe, and of the int8 files made of them.
 
-    evaluate.py --data DIR --runs DIR --out evaluation.json [--int8 RUN-SEED=model.tflite]...
+    evaluate.py --data DIR --runs DIR --out evaluation.json [--int8|--int8-small RUN-SEED=model.tflite]...
 
 Every picture is judged by a model that never saw its group: the folds give "trained on this source, new patients", the
 `without-...` runs "a source never trained on". Probabilities are calibrated (Platt 1999) by the other folds' answers; for
@@ -31,17 +31,19 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--int8", action="append", default=[], metavar="RUN-SEED=FILE")
+    parser.add_argument("--int8-small", action="append", default=[], metavar="RUN-SEED=FILE")
     args = parser.parse_args()
     samples = [data.Sample(**entry) for entry in json.loads((args.data / "samples.json").read_text())]
     runs = {path.stem: dict(np.load(path)) for path in sorted(args.runs.glob("*.npz"))}
-    seeds = sorted({name.rsplit("-", 1)[1] for name in runs})  # and "mean"
-    result = {"exits": {}, "platt": {}}
+    seeds = sorted({name.rsplit("-", 1)[1] for name in runs})
+    result = {"exits": {}, "platt": {}, "int8": []}
     for exit_name, column in EXITS.items():
         result["exits"][exit_name] = [row for seed in seeds for row in of_seed(samples, runs, seed, column)]
     for seed in seeds:
         folds = [run for name, run in runs.items() if re.fullmatch(rf"cv\d-{seed}", name)]
         result["platt"][seed] = {exit_name: [round(x, 4) for x in fitted(folds, column, samples)] for exit_name, column in EXITS.items()}
-    result["int8"] = [of_int8(spec, args.data, samples, runs, result["platt"]) for spec in args.int8]
+    for exit_name, specs in zip(EXITS, (args.int8, args.int8_small), strict=True):
+        result["int8"] += [of_int8(exit_name, spec, args.data, samples, runs, result["platt"]) for spec in specs]
     args.out.write_text(json.dumps(result, indent=1) + "\n")
     for exit_name, rows in result["exits"].items():
         print(exit_name)
@@ -51,7 +53,7 @@ def main() -> None:
 
 
 def of_seed(samples: list[data.Sample], runs: dict, seed: str, column: int) -> list[dict]:
-    """The table of one seed, or of their mean: each family by cross-validation, then each family that was left out."""
+    """The table of one seed: each family by cross-validation, then each family that was left out."""
     label, group = np.array([s.label for s in samples]), np.array([s.group for s in samples])
     family, name = np.array([s.family for s in samples]), np.array([Path(s.file).stem for s in samples])
     logit = np.full(len(samples), np.nan)
@@ -166,22 +168,22 @@ def figures(label: np.ndarray, logit: np.ndarray, group: np.ndarray) -> dict:
     return result | {"ece": rounded(calibration_error(label, probability))}
 
 
-def of_int8(spec: str, folder: Path, samples: list[data.Sample], runs: dict, calibrations: dict) -> dict:
+def of_int8(exit_name: str, spec: str, folder: Path, samples: list[data.Sample], runs: dict, calibrations: dict) -> dict:
     """How an int8 file (`cv0-1=model.tflite`) answers on what its training held back (`all`: on every picture), against float."""
     from ai_edge_litert.interpreter import Interpreter
 
     name, path = spec.split("=", 1)
-    scale = calibrations[name.rsplit("-", 1)[1]]["score"]
+    scale, column = calibrations[name.rsplit("-", 1)[1]][exit_name], EXITS[exit_name]
     run, plain = runs[name], np.load(folder / "plain-u8.npy", mmap_mode="r")
     if len(run["ids"]):
-        ids, logit = run["ids"], run["logits"][:, 0]
+        ids, logit = run["ids"], run["logits"][:, column]
     else:
         from network import split  # TensorFlow is slow to load, and only this needs it
         from train import logits, restore
 
         ids = np.array([i for i, s in enumerate(samples) if s.fold >= 0])
         net, heads = restore(run)
-        logit = logits(split(net)[1], heads, np.load(folder / "plain.npy", mmap_mode="r")[ids])[:, 0]
+        logit = logits(split(net)[1], heads, np.load(folder / "plain.npy", mmap_mode="r")[ids])[:, column]
     interpreter = Interpreter(path, num_threads=1)
     interpreter.allocate_tensors()
     target, out = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]
@@ -196,6 +198,7 @@ def of_int8(spec: str, folder: Path, samples: list[data.Sample], runs: dict, cal
     label, family = np.array([samples[i].label for i in ids]), np.array([samples[i].family for i in ids])
     both = [f for f in sorted(set(family)) if len(set(label[family == f])) == 2]
     return {
+        "exit": exit_name,
         "run": name,
         "images": len(ids),
         "decisions_equal": rounded(float(np.mean((answers >= 0.5) == (real >= 0.5)))),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-from keras import Input, Model, initializers, layers
+from keras import Input, Model, layers
 
 FEATURES = 1280
 EARLY = 128
@@ -69,13 +69,8 @@ class Heads:
     """
 
     def __init__(self):
-        # The same in every training, so that the weights of several can be averaged (`average.py`).
-        def init(seed: int) -> initializers.Initializer:
-            return initializers.GlorotUniform(seed)
-
-        self.score, self.map7 = layers.Dense(1, kernel_initializer=init(0)), layers.Conv2D(1, 1, kernel_initializer=init(1))
-        self.early = layers.Conv2D(EARLY, 1, activation="relu6", kernel_initializer=init(2))
-        self.score14, self.map14 = layers.Dense(1, kernel_initializer=init(3)), layers.Conv2D(1, 1, kernel_initializer=init(4))
+        self.score, self.map7 = layers.Dense(1), layers.Conv2D(1, 1)
+        self.early, self.score14, self.map14 = layers.Conv2D(EARLY, 1, activation="relu6"), layers.Dense(1), layers.Conv2D(1, 1)
         self.score.build((None, FEATURES))
         self.map7.build((None, 7, 7, FEATURES))
         self.early.build((None, 14, 14, 112))

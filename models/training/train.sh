@@ -1,14 +1,14 @@
 #!/bin/sh
 # Train, evaluate, convert and bundle the brain tumour model: models/training/train.sh [STEP...]
 #
-#   STEP     render, train, average, evaluate, convert, bundle; default all of them in this order
+#   STEP     render, train, evaluate, convert, bundle; default all of them in this order
 #   INDEX    index.csv (file,label,source,group,licence), default ../shared/data/mri/index.csv beside the repository
 #   VENV     default models/training/.venv (made if absent; Python 3.11)
 #   WORK     default models/training/.work
-#   OUT      default models/braintumor
+#   OUT      default models/braintumor; the smaller network goes into OUT-small
 #   JOBS     trainings at once, each of one thread (it does more than one training of several), default 2
 #   SEEDS    default "1 2 3"; RUNS default: five folds, two families left out, all; STEPS of a training, default 900
-#   SHIP     the seed that is converted, default 1; "mean" is the network of the mean of all seeds' weights
+#   SHIP     the seed that is converted, default 1
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 index=${INDEX:-$here/../../../shared/data/mri/index.csv}
@@ -44,7 +44,7 @@ fi
 
 python="$venv/bin/python -u"
 cd "$here"
-for step in ${*:-render train average evaluate convert bundle}; do
+for step in ${*:-render train evaluate convert bundle}; do
     case $step in
     render) $python render.py --index "$index" --volumes "$work/volumes" --weights "$wheel" --out "$work/data" ;;
     train)
@@ -55,21 +55,27 @@ for step in ${*:-render train average evaluate convert bundle}; do
         done | OMP_NUM_THREADS=1 TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 xargs -L 1 -P "${JOBS:-2}" \
             $python train.py --data "$work/data" --weights "$wheel" --out "$work/runs" --steps "${STEPS:-900}"
         ;;
-    average) $python average.py --data "$work/data" --runs "$work/runs" ;;
     evaluate)
         $python evaluate.py --data "$work/data" --runs "$work/runs" --out "$work/evaluation.json"
         ;;
     convert)
         # The model to ship, and one whose fold it never saw, for int8 against float.
         for run in "all-$ship" "cv0-$ship"; do
-            $python convert.py --data "$work/data" --run "$work/runs/$run.npz" --evaluation "$work/evaluation.json" --out "$work/$run-int8.tflite"
-            $python exact.py --model "$work/$run-int8.tflite" --pictures "$work/data/plain-u8.npy" --run "$work/runs/$run.npz" --out "$work/$run.tflite"
+            for small in "" -small; do
+                $python convert.py --data "$work/data" --run "$work/runs/$run.npz" --evaluation "$work/evaluation.json" ${small:+--small} --out "$work/int8.tflite"
+                $python exact.py --model "$work/int8.tflite" --pictures "$work/data/plain-u8.npy" --run "$work/runs/$run.npz" --out "$work/$run$small.tflite"
+            done
         done
-        $python evaluate.py --data "$work/data" --runs "$work/runs" --out "$work/evaluation.json" --int8 "cv0-$ship=$work/cv0-$ship.tflite" --int8 "all-$ship=$work/all-$ship.tflite"
+        $python evaluate.py --data "$work/data" --runs "$work/runs" --out "$work/evaluation.json" \
+            --int8 "cv0-$ship=$work/cv0-$ship.tflite" --int8 "all-$ship=$work/all-$ship.tflite" \
+            --int8-small "cv0-$ship=$work/cv0-$ship-small.tflite" --int8-small "all-$ship=$work/all-$ship-small.tflite"
         ;;
-    bundle) $python bundle.py --model "$work/all-$ship.tflite" --evaluation "$work/evaluation.json" --out "$out" ;;
+    bundle)
+        $python bundle.py --model "$work/all-$ship.tflite" --evaluation "$work/evaluation.json" --out "$out"
+        $python bundle.py --model "$work/all-$ship-small.tflite" --evaluation "$work/evaluation.json" --small --out "$out-small"
+        ;;
     *)
-        echo "train.sh: $step: no such step; use render, train, average, evaluate, convert or bundle" >&2
+        echo "train.sh: $step: no such step; use render, train, evaluate, convert or bundle" >&2
         exit 2
         ;;
     esac

@@ -209,35 +209,50 @@ type Worked = Mutex<HashMap<Pseudonym, u32>>;
 /// A consumer as docs/fleet.md has it: a session that the broker keeps, and a message is confirmed when it lies in the store. It dies after
 /// `most` messages, with what it has received then and not confirmed; else it ends at `stop`.
 fn consume(port: u16, name: &str, worked: &Worked, most: usize, stop: &AtomicBool) {
+    let mut count = 0;
+    let filter = "$share/engine/scansentry/+/+/result";
+    hear(port, name, Some(3600), filter, stop, |payload| {
+        count += 1;
+        *worked.lock().unwrap().entry(event_id(payload)).or_default() += 1;
+        // The last one is worked on and never confirmed, and comes again.
+        count < most
+    });
+}
+
+/// Gives what comes on `filter` to `each` until that says no, which leaves the message unconfirmed, or until `stop`. The broker keeps the session for
+/// `kept_s` seconds, if at all.
+fn hear(
+    port: u16,
+    name: &str,
+    kept_s: Option<u32>,
+    filter: &str,
+    stop: &AtomicBool,
+    mut each: impl FnMut(&[u8]) -> bool,
+) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
     runtime.unwrap().block_on(async {
         let mut mqtt = Config::defaults().mqtt;
         mqtt.url = format!("mqtt://127.0.0.1:{port}");
-        let settings = Settings::new(&mqtt, name).unwrap();
-        let mut session = Session::open(&settings.with_persistent_session(3600));
-        let mut count = 0;
-        while !stop.load(Ordering::Relaxed) && count < most {
+        let mut settings = Settings::new(&mqtt, name).unwrap();
+        if let Some(seconds) = kept_s {
+            settings = settings.with_persistent_session(seconds);
+        }
+        let mut session = Session::open(&settings);
+        while !stop.load(Ordering::Relaxed) {
             let event = tokio::time::timeout(Duration::from_millis(100), session.next()).await;
             match event {
-                Err(_) => {}
-                Ok(Event::Connected) => {
-                    let filter = "$share/engine/scansentry/+/+/result";
-                    session.subscribe(filter, true).await.unwrap();
-                }
+                Err(_) | Ok(Event::Acked(_)) => {}
+                Ok(Event::Connected) => session.subscribe(filter, true).await.unwrap(),
                 Ok(Event::Message {
                     payload, receipt, ..
                 }) => {
-                    count += 1;
-                    *worked
-                        .lock()
-                        .unwrap()
-                        .entry(event_id(&payload))
-                        .or_default() += 1;
-                    // The last one is worked on and never confirmed, and comes again.
-                    if count < most {
-                        session.confirm(receipt.unwrap()).await.unwrap();
+                    if !each(&payload) {
+                        break;
+                    }
+                    if let Some(receipt) = receipt {
+                        session.confirm(receipt).await.unwrap();
                     }
                 }
                 Ok(other) => panic!("{other:?}"),
@@ -614,31 +629,19 @@ fn table(report: &Value) -> String {
 
 /// Somebody else who hears the results, until `stop`.
 fn subscriber(port: u16, stop: &AtomicBool) -> Seen {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build();
-    runtime.unwrap().block_on(async {
-        let mut mqtt = Config::defaults().mqtt;
-        mqtt.url = format!("mqtt://127.0.0.1:{port}");
-        let mut session = Session::open(&Settings::new(&mqtt, "somebody").unwrap());
-        let mut seen = Seen::new();
-        while !stop.load(Ordering::Relaxed) {
-            let event = tokio::time::timeout(Duration::from_millis(100), session.next()).await;
-            match event {
-                Err(_) | Ok(Event::Acked(_)) => {}
-                Ok(Event::Connected) => {
-                    let filter = "scansentry/+/+/result";
-                    session.subscribe(filter, true).await.unwrap();
-                }
-                Ok(Event::Message { payload, .. }) => {
-                    let now = Instant::now();
-                    seen.entry(event_id(&payload)).or_insert(now);
-                }
-                Ok(other) => panic!("{other:?}"),
-            }
-        }
-        seen
-    })
+    let mut seen = Seen::new();
+    hear(
+        port,
+        "somebody",
+        None,
+        "scansentry/+/+/result",
+        stop,
+        |payload| {
+            seen.entry(event_id(payload)).or_insert_with(Instant::now);
+            true
+        },
+    );
+    seen
 }
 
 /// Without parsing all of it: this process measures others on the same machine.
