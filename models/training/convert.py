@@ -160,6 +160,8 @@ class Deployed(tf.Module):
             step = (max(high, 1e-3) - min(low, 0.0)) / 255
             zero = round(-min(low, 0.0) / step)  # zero is a value of its own
             self.ranges[name] = (-zero * step, (255 - zero) * step)
+        # A mean has the steps of what it is taken of, or the converter puts a rescaling in between, which `exact.py` refuses.
+        self.ranges["pool"] = self.ranges["early" if self.small else "_conv_head"]
         first = 0
         for repeats, *_ in BLOCKS:
             if self.small and first == SMALL:

@@ -55,9 +55,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     pictures = of_index(args.pictures) if args.pictures.suffix == ".csv" else of_training(args.pictures, args.run)
-    args.out.write_bytes(regrid(args.model.read_bytes(), pictures))
-    for line in [*check(args.out), *prove(args.out)]:
+    made = args.out.with_suffix(".unproven")
+    made.write_bytes(regrid(args.model.read_bytes(), pictures))
+    for line in [*check(made), *prove(made)]:
         print(line)
+    made.rename(args.out)
 
 
 def of_training(path: Path, run: Path | None) -> np.ndarray:

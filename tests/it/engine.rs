@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::Path;
 
+use rustix::thread::{Pid, sched_getaffinity};
 use scansentry::engine::{
     self, ElementType, Engine, ModelBytes, QuantParams, RUNTIMES, Runtime, TensorSpec,
 };
@@ -12,7 +13,7 @@ use scansentry::imaging::decode::{Limits, Source};
 use scansentry::imaging::resize::{ResizeFilter, ResizeSpec, Resizer};
 use scansentry::imaging::roi::{CropSpec, RoiFinder};
 
-use crate::support::{Steps, bundle, real_images, slices};
+use crate::support::{Steps, real_images, shipped_bundles, slices};
 
 fn fixture(name: &str) -> Vec<u8> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -222,8 +223,8 @@ fn info_names_the_runtime_and_who_runs_the_operators() {
     );
 }
 
-/// LiteRT starts one thread fewer than it is told to use: the caller's is one of them. Other tests run beside this
-/// one in the same process, so it counts in a process of its own.
+/// LiteRT starts one thread fewer than it is told to use: the caller's is one of them. After a run the others are kept off the processor that it was
+/// on. Other tests run beside this one in the same process, so it counts in a process of its own.
 #[test]
 fn the_thread_count_is_a_setting() {
     if !RUNTIMES.contains(&Runtime::LiteRt) {
@@ -247,7 +248,7 @@ fn the_thread_count_is_a_setting() {
     let threads_now = || fs::read_dir("/proc/self/task").unwrap().count();
     let before = threads_now();
     for wanted in [1, 2, 3] {
-        let engine = engine::load(
+        let mut engine = engine::load(
             Runtime::LiteRt,
             &ModelBytes::copy_of(&fixture("float32")),
             wanted,
@@ -255,6 +256,23 @@ fn the_thread_count_is_a_setting() {
         .unwrap();
         assert_eq!(engine.info().threads, wanted);
         assert_eq!(threads_now() - before, wanted - 1, "{wanted} threads");
+        let input = vec![0; engine.inputs()[0].bytes()];
+        engine.run(&input, &mut Vec::new()).unwrap();
+        let others: Vec<_> = fs::read_dir("/proc/self/task")
+            .unwrap()
+            .map(|task| task.unwrap())
+            .filter(|task| {
+                let name = fs::read_to_string(task.path().join("comm")).unwrap();
+                name.starts_with("infer-")
+            })
+            .map(|task| task.file_name().to_str().unwrap().parse().unwrap())
+            .collect();
+        assert_eq!(others.len(), wanted - 1);
+        let processors = |thread| sched_getaffinity(thread).unwrap().count();
+        let ours = processors(None);
+        for other in others {
+            assert_eq!(processors(Pid::from_raw(other)), (ours - 1).max(1));
+        }
     }
     assert_eq!(threads_now(), before);
 }
@@ -302,20 +320,22 @@ fn all_engines_give_the_same_answers() {
         eprintln!("not compared: this build has one engine; `make test-tflite` has two");
         return;
     }
-    let model = ModelBytes::copy_of(&fs::read(bundle().join("model.tflite")).unwrap());
-    let mut reference = engine::load(*first, &model, 1).unwrap();
-    let inputs = model_inputs(reference.inputs()[0].bytes());
-    for &other in others {
-        let mut engine = engine::load(other, &model, 1).unwrap();
-        assert_eq!(engine.inputs(), reference.inputs());
-        assert_eq!(engine.outputs(), reference.outputs());
-        let mut steps = Steps::default();
-        for input in &inputs {
-            let (expected, actual) = (run(&mut *reference, input), run(&mut *engine, input));
-            steps.add(expected[0][0].abs_diff(actual[0][0]));
+    for bundle in shipped_bundles() {
+        let model = ModelBytes::copy_of(&fs::read(bundle.join("model.tflite")).unwrap());
+        let mut reference = engine::load(*first, &model, 1).unwrap();
+        let inputs = model_inputs(reference.inputs()[0].bytes());
+        for &other in others {
+            let mut engine = engine::load(other, &model, 1).unwrap();
+            assert_eq!(engine.inputs(), reference.inputs());
+            assert_eq!(engine.outputs(), reference.outputs());
+            let mut steps = Steps::default();
+            for input in &inputs {
+                let (expected, actual) = (run(&mut *reference, input), run(&mut *engine, input));
+                steps.add(expected[0][0].abs_diff(actual[0][0]));
+            }
+            println!("{}: {other:?} against {first:?}: {steps}", bundle.display());
+            steps.assert_close();
         }
-        println!("{other:?} against {first:?}: {steps}");
-        steps.assert_close();
     }
 }
 

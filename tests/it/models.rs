@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use crate::support::{
     Appliance, Mosquitto, Process, Subscriber, assert_no_double_outcome, bundle, copy_folder,
-    is_root, pause, slices, wait_for,
+    is_root, pause, shipped_bundles, slices, wait_for,
 };
 
 /// Nobody listens there.
@@ -115,6 +115,23 @@ fn refused(appliance: &Appliance, folder: &Path) -> String {
     assert_eq!(output.status.code(), Some(78), "{}", stderr(&output));
     assert_eq!((installed(appliance), versions(appliance)), before);
     stderr(&output)
+}
+
+#[test]
+fn every_shipped_bundle_passes_its_self_test() {
+    let appliance = Appliance::new(NO_BROKER);
+    for bundle in shipped_bundles() {
+        let name = bundle.file_name().unwrap().to_str().unwrap();
+        let output = model(&appliance, &["verify", bundle.to_str().unwrap()]);
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            said.starts_with(&format!("ok: {name} ")),
+            "{said}{}",
+            stderr(&output)
+        );
+    }
+    let said = install(&appliance, &shipped_bundles()[1]);
+    assert!(said.starts_with("installed: braintumor-small "), "{said}");
 }
 
 #[test]

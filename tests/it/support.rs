@@ -27,6 +27,11 @@ pub fn bundle() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("models/braintumor")
 }
 
+/// Every bundle that the project ships.
+pub fn shipped_bundles() -> [PathBuf; 2] {
+    [bundle(), bundle().with_file_name("braintumor-small")]
+}
+
 /// A bundle in `folder` of a model of `tests/fixtures/models` with inputs of `side` pixels, which sees whole pictures in raw levels; `output`
 /// and what follows it is the rest of its manifest.
 pub fn toy_bundle(folder: &Path, model: &str, side: u32, output: &str) -> PathBuf {
