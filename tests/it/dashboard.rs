@@ -689,7 +689,7 @@ fn a_dashboard_that_others_can_reach_needs_a_token() {
 
 pub fn daemon_url(appliance: &Appliance) -> String {
     let find = || {
-        let log = appliance.log();
+        let log = appliance.latest_log();
         let start = log.rfind("url=\"http://")? + 5;
         Some(
             log[start..]

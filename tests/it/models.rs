@@ -343,7 +343,7 @@ fn a_running_daemon_swaps_models_without_losing_or_doubling_a_result() {
     install(&appliance, &variant(&appliance, "2"));
     more_of("2");
 
-    simulate.signal("INT");
+    simulate.signal("TERM");
     let _ = simulate.exit_code();
     let files = || std::fs::read_dir(appliance.export()).unwrap().count();
     let images = files();

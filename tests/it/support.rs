@@ -604,6 +604,8 @@ pub struct Appliance {
     /// What to run: a program and what stands before the arguments.
     pub program: Vec<String>,
     environment: Vec<(String, String)>,
+    /// How long the log was before the latest start.
+    before: usize,
 }
 
 impl Appliance {
@@ -636,6 +638,7 @@ impl Appliance {
             process: None,
             program: vec![env!("CARGO_BIN_EXE_scansentry").to_owned()],
             environment,
+            before: 0,
         }
     }
 
@@ -676,18 +679,23 @@ impl Appliance {
 
     /// Starts the daemon and waits until it says that it is ready.
     pub fn start(&mut self) {
-        let before = self.log().matches("ready").count();
         self.spawn();
         wait_for("the daemon", || {
             if let Some(status) = self.process.as_mut().and_then(|p| p.0.try_wait().unwrap()) {
                 panic!("the daemon ended with {status}:\n{}", self.log());
             }
-            self.log().matches("ready").count() > before
+            self.latest_log().contains("ready")
         });
+    }
+
+    /// The log since the latest start.
+    pub fn latest_log(&self) -> String {
+        self.log().split_off(self.before)
     }
 
     /// Starts the daemon without waiting.
     pub fn spawn(&mut self) {
+        self.before = self.log().len();
         let log = File::options()
             .create(true)
             .append(true)
