@@ -23,6 +23,7 @@ from tensorflow.lite.python import schema_py_generated as schema
 from tensorflow.lite.tools import flatbuffer_utils
 
 import flatfile
+from evaluate import EXITS
 from network import BLOCKS, Heads
 from preprocess import SIZE, to_float
 from train import restore
@@ -42,8 +43,6 @@ ALLOWED = {
 # are, and what they "speak against" is only a lesion in that place.
 MAP_GAIN = 4.0
 OUTPUTS = ("logit", "map")
-SMALL = 11  # blocks of the small network
-EXIT = ("score", "score of the smaller network")  # as `evaluate.py` names them
 CALIBRATION_IMAGES = 200
 KEPT = 0.9999
 
@@ -59,7 +58,7 @@ def main() -> None:
     with np.load(args.run) as saved:
         (net, heads), held = restore(dict(saved)), saved["ids"]
     seed = args.run.stem.rsplit("-", 1)[1]
-    scale = json.loads(args.evaluation.read_text())["platt"][seed][EXIT[args.small]] if args.evaluation else [1.0, 0.0]
+    scale = json.loads(args.evaluation.read_text())["platt"][seed][[*EXITS][args.small]] if args.evaluation else [1.0, 0.0]
     plain = np.load(args.data / "plain-u8.npy", mmap_mode="r")
     usable = np.setdiff1d(np.arange(len(plain)), held)
     chosen = np.random.default_rng(7).choice(usable, CALIBRATION_IMAGES, replace=False)
@@ -76,7 +75,7 @@ class Deployed(tf.Module):
 
     def __init__(self, net: keras.Model, heads: Heads, scale: list[float], small: bool):
         super().__init__()
-        self.small = small
+        self.small, self.blocks = small, BLOCKS[:5] if small else BLOCKS
         score, cells, parts = (heads.score14, heads.map14, 4) if small else (heads.score, heads.map7, 1)
         weights = folded(net) | {
             "early": (heads.early.kernel, heads.early.bias),
@@ -93,7 +92,7 @@ class Deployed(tf.Module):
         """[probability, map] for float images [n, 224, 224, 3]."""
         x = self.conv("_conv_stem", self.ranged("image", image), 2, relu=True)
         channels, block = 32, 0
-        for repeats, _, first_stride, expansion, out in BLOCKS:
+        for repeats, _, first_stride, expansion, out in self.blocks:
             for repeat in range(repeats):
                 stride, name, y = (first_stride if repeat == 0 else 1), f"_blocks.{block}.", x
                 if expansion != 1:
@@ -102,8 +101,6 @@ class Deployed(tf.Module):
                 y = self.conv(name + "_project_conv", y, 1, relu=False)
                 x = self.ranged(name + "sum", x + y) if stride == 1 and channels == out else y
                 channels, block = out, block + 1
-            if self.small and block == SMALL:
-                break
         x = self.conv("early" if self.small else "_conv_head", x, 1, relu=True)
         # Not a mean: TensorFlow Lite 1.15 on 32-bit ARM gives int8 MEAN one step too much in every channel.
         kernel, bias = self.weights["score"]
@@ -163,9 +160,7 @@ class Deployed(tf.Module):
         # A mean has the steps of what it is taken of, or the converter puts a rescaling in between, which `exact.py` refuses.
         self.ranges["pool"] = self.ranges["early" if self.small else "_conv_head"]
         first = 0
-        for repeats, *_ in BLOCKS:
-            if self.small and first == SMALL:
-                break
+        for repeats, *_ in self.blocks:
             stage = [f"_blocks.{block}.{part}" for block in range(first, first + repeats) for part in ("_project_conv", "sum")]
             if repeats > 1:
                 joined = [name for name in stage if name in self.ranges]
@@ -233,15 +228,14 @@ def check(path: Path) -> list[str]:
         lines.append(f"operator {name} version {version}: {count}")
         if version > ALLOWED.get(name, 0):
             raise SystemExit(f"{path}: operator {name} version {version} is not in TensorFlow Lite 1.15")
-    side = int(graph.tensors[graph.outputs[1]].shape[1]) if len(graph.outputs) == 2 else 7
-    expected = {"image": [1, SIZE, SIZE, 3], "probability": [1, 1], "map": [1, side, side, 1]}
+    expected = {"image": [[1, SIZE, SIZE, 3]], "probability": [[1, 1]], "map": [[1, 7, 7, 1], [1, 14, 14, 1]]}
     for role, indices in (("input", graph.inputs), ("output", graph.outputs)):
         for position, index in enumerate(indices):
             tensor = graph.tensors[index]
             name, shape = tensor.name.decode() if isinstance(tensor.name, bytes) else tensor.name, [int(n) for n in tensor.shape]
             scale, zero = float(tensor.quantization.scale[0]), int(tensor.quantization.zeroPoint[0])
             lines.append(f"{role} {position}: {name} uint8 {shape}, scale {scale:.8g}, zero point {zero}")
-            if tensor.type != schema.TensorType.UINT8 or shape != expected[name]:
+            if tensor.type != schema.TensorType.UINT8 or shape not in expected[name]:
                 raise SystemExit(f"{path}: {name} is not uint8 {expected[name]}")
             wanted = {"image": (1 / 128, 127), "probability": (1 / 256, 0)}.get(name, (scale, zero))
             if abs(scale - wanted[0]) > 1e-7 or zero != wanted[1]:

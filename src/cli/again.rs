@@ -1,15 +1,13 @@
 //! `reprocess` and `quarantine`: past scans are classified again. The ledger is marked, whether the daemon runs or not; its owner finds the
 //! files by a walk, at once where it runs and at its start otherwise. What is marked stays so until there is a new outcome.
 
-use std::io::Write as _;
-
 use clap::builder::{PossibleValuesParser, TypedValueParser as _};
 use clap::{ArgGroup, Args, Subcommand};
 use serde::de::{DeserializeOwned, IntoDeserializer as _, value::Error};
 use serde_json::json;
 
 use super::ledger::{Access, open, printable};
-use super::{Failure, Global, say, unsaid};
+use super::{Failure, Global, say};
 use crate::commands::{PAGE, still_there};
 use crate::message::{ReprocessMessage, rfc3339_seconds};
 use crate::prediction::{Decision, RejectCode};
@@ -122,7 +120,6 @@ pub(super) fn quarantine(global: &Global, verb: &QuarantineVerb) -> Result<(), F
 fn list(global: &Global, json: bool) -> Result<(), Failure> {
     let (ledger, config) = open(global, Access::Read)?;
     let folder = config.watch.folder;
-    let mut out = std::io::stdout().lock();
     for scan in ledger.rejected()? {
         let at = rfc3339_seconds(scan.at);
         let files: Vec<_> = scan.places.iter().map(|p| folder.join(p)).collect();
@@ -131,7 +128,7 @@ fn list(global: &Global, json: bool) -> Result<(), Failure> {
             let line = json!({
                 "scan_id": scan.scan_id, "code": scan.code, "message": scan.message, "at": at, "queued": scan.again, "files": files,
             });
-            writeln!(out, "{line}").map_err(|e| unsaid(&e))?;
+            say!("{line}")?;
             continue;
         }
         let queued = if scan.again { " (queued again)" } else { "" };
@@ -144,8 +141,7 @@ fn list(global: &Global, json: bool) -> Result<(), Failure> {
                 files.join("\n    ")
             }
         };
-        writeln!(out, "{id} {at} {code:<16} {message}{queued}\n    {files}")
-            .map_err(|e| unsaid(&e))?;
+        say!("{id} {at} {code:<16} {message}{queued}\n    {files}")?;
     }
     Ok(())
 }

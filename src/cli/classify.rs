@@ -9,7 +9,7 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{Failure, Global, become_owner, other_owner, unsaid};
+use super::{Failure, Global, become_owner, other_owner, say};
 use crate::classifier::Classifier;
 use crate::config::Config;
 use crate::daemon::bundles::{self, Refusal};
@@ -181,7 +181,6 @@ pub(super) fn classify(global: &Global, args: &ClassifyArgs) -> Result<(), Failu
         return Err(Failure::Runtime(line.into()));
     }
     let mut failed = false;
-    let mut out = std::io::stdout().lock();
     for (file, opened) in args.files.iter().zip(&mut files) {
         let bytes = opened.and_then(|opened| read_file(opened, config.limits.file_bytes));
         let classified = bytes
@@ -231,7 +230,7 @@ pub(super) fn classify(global: &Global, args: &ClassifyArgs) -> Result<(), Failu
             };
             let json =
                 serde_json::to_string(&line).expect("a line holds only strings, numbers and lists");
-            writeln!(out, "{json}").map_err(|e| unsaid(&e))?;
+            say!("{json}")?;
         }
     }
     if failed { Err(Failure::Said) } else { Ok(()) }

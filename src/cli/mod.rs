@@ -107,16 +107,12 @@ impl Failure {
     }
 }
 
-/// What cannot be written on standard output. A reader that has seen enough (`| head`) is no reason to say anything.
-fn unsaid(error: &std::io::Error) -> Failure {
-    match error.kind() {
+fn write_line(line: std::fmt::Arguments<'_>) -> Result<(), Failure> {
+    writeln!(std::io::stdout(), "{line}").map_err(|error| match error.kind() {
+        // A reader that has seen enough (`| head`) is no reason to say anything.
         ErrorKind::BrokenPipe => Failure::Said,
         _ => Failure::Runtime(format!("standard output: {error}; give it room")),
-    }
-}
-
-fn write_line(line: std::fmt::Arguments<'_>) -> Result<(), Failure> {
-    writeln!(std::io::stdout(), "{line}").map_err(|e| unsaid(&e))
+    })
 }
 
 /// A line on standard output, or why the verb ends.

@@ -1,13 +1,11 @@
 //! `outbox`: the messages that were set aside because the broker does not take them. They are brought back in the ledger, whether the daemon
 //! runs or not; one that runs notices within seconds.
 
-use std::io::Write as _;
-
 use clap::{ArgGroup, Args, Subcommand};
 use serde_json::json;
 
 use super::ledger::{Access, open};
-use super::{Failure, Global, say, unsaid};
+use super::{Failure, Global, say};
 use crate::message::{Kind, rfc3339_seconds};
 
 #[derive(Debug, Subcommand)]
@@ -45,7 +43,6 @@ pub(super) fn outbox(global: &Global, verb: &OutboxVerb) -> Result<(), Failure> 
 
 fn list(global: &Global, json: bool) -> Result<(), Failure> {
     let (ledger, _) = open(global, Access::Read)?;
-    let mut out = std::io::stdout().lock();
     for message in ledger.parked()? {
         let kind = Kind::of_topic(&message.topic).map_or("other", Kind::suffix);
         let (seq, bytes, reason) = (message.seq, message.bytes, message.reason);
@@ -61,7 +58,7 @@ fn list(global: &Global, json: bool) -> Result<(), Failure> {
                 "{seq:>8} {kind:<14} {bytes:>7} bytes, of {recorded}, set aside {parked}: {reason}"
             )
         };
-        writeln!(out, "{line}").map_err(|e| unsaid(&e))?;
+        say!("{line}")?;
     }
     Ok(())
 }

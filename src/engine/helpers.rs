@@ -53,14 +53,15 @@ impl Helpers {
         only_here.set(here);
         let mut elsewhere = before;
         elsewhere.unset(here);
-        let kept = sched_setaffinity(None, &only_here);
         let held = Held { before };
-        let moved = |()| {
-            let unless_there = (self.off != Some(here)).then_some(&self.threads);
-            let mut threads = unless_there.into_iter().flatten();
+        let moved = sched_setaffinity(None, &only_here).and_then(|()| {
+            if self.off == Some(here) {
+                return Ok(());
+            }
+            let mut threads = self.threads.iter();
             threads.try_for_each(|&thread| sched_setaffinity(Some(thread), &elsewhere))
-        };
-        if let Err(error) = kept.and_then(moved) {
+        });
+        if let Err(error) = moved {
             tracing::debug!("the threads of the runtime cannot be told where to run: {error}");
             self.threads.clear();
             return None;
@@ -131,14 +132,13 @@ mod tests {
         let (end, ended) = channel::<()>();
         let (started, starting) = channel();
         let other = spawn(|| std::thread::park_timeout(std::time::Duration::from_millis(1)));
-        let (helper, mut helpers) = Helpers::of(|| {
+        let ((helper, thread), mut helpers) = Helpers::of(|| {
             let helper = spawn(move || {
                 let _ = started.send(gettid());
                 let _ = ended.recv();
             });
             (helper, starting.recv().unwrap())
         });
-        let (helper, thread) = helper;
         assert_eq!(helpers.threads, [thread]);
         let before = name().unwrap();
         assert!(!before.to_string_lossy().starts_with("infer-"));

@@ -243,7 +243,7 @@ fn hear(
         while !stop.load(Ordering::Relaxed) {
             let event = tokio::time::timeout(Duration::from_millis(100), session.next()).await;
             match event {
-                Err(_) | Ok(Event::Acked(_)) => {}
+                Err(_) => {}
                 Ok(Event::Connected) => session.subscribe(filter, true).await.unwrap(),
                 Ok(Event::Message {
                     payload, receipt, ..
