@@ -8,7 +8,9 @@ use image::RgbImage;
 use serde::Serialize;
 
 use crate::config::{Config, EngineChoice, Misfits, Quality};
-use crate::engine::{self, ElementType, Engine, EngineInfo, ModelBytes, Runtime, TensorSpec};
+use crate::engine::{
+    self, AtWork, ElementType, Engine, EngineInfo, ModelBytes, Runtime, Shared, TensorSpec,
+};
 use crate::imaging::Picture;
 use crate::imaging::decode::{DecodeNote, Limits, Source, SourceKind};
 use crate::imaging::dicom::DicomHeader;
@@ -168,14 +170,27 @@ pub struct ClassifiedFile {
     pub pictures: Vec<ClassifiedPicture>,
 }
 
+/// What the classifiers of all workers have in common.
+#[derive(Clone)]
+pub struct Recipe {
+    /// The bundle.
+    pub bundle: Arc<Bundle>,
+    /// The rule by which they decide, see [`config::Decision::over`](crate::config::Decision::over).
+    pub rule: RuleInForce,
+    /// The engine for whoever has no other beside it.
+    shared: Option<Arc<Shared>>,
+}
+
+/// Makes the classifier of a worker.
+pub type Make = Box<dyn FnOnce() -> Result<Classifier, BundleError> + Send>;
+
 /// A model ready to run, with all its buffers. One a worker thread.
 pub struct Classifier {
-    bundle: Arc<Bundle>,
+    recipe: Recipe,
     engine: Box<dyn Engine>,
     finder: Option<RoiFinder>,
     resizer: Resizer,
     quantizer: Quantizer,
-    rule: RuleInForce,
     quality: Quality,
     /// Whether to keep what the model saw, for previews.
     keep_seen: bool,
@@ -184,20 +199,53 @@ pub struct Classifier {
 }
 
 impl Classifier {
-    /// Loads the bundle's model with the threads that `config` gives it and checks that its tensors are what the manifest says. It decides
-    /// by `rule`, see [`config::Decision::over`](crate::config::Decision::over).
+    /// A classifier alone: loads the bundle's model with the threads that `config` gives it and checks that its tensors are what the manifest
+    /// says. It decides by `rule`.
     pub fn new(
         bundle: Arc<Bundle>,
         rule: RuleInForce,
         config: &Config,
     ) -> Result<Self, BundleError> {
-        let engine = engine::load(
-            runtime(config.model.engine)?,
-            &bundle.model,
-            config.model.inference_threads(),
-        )
-        .map_err(|e| BundleError(vec![format!("model.bundle: {e}; install another bundle")]))?;
-        let manifest = &bundle.manifest;
+        let recipe = Recipe {
+            bundle,
+            rule,
+            shared: None,
+        };
+        Self::of(recipe, config)
+    }
+
+    /// How many workers `config` wants for this model.
+    pub fn worker_count(&self, config: &Config) -> usize {
+        config.worker_count(self.bundle().model.len())
+    }
+
+    /// What makes the classifier of each worker that `config` wants, to be called by the worker: loading takes time. Where there are several, and
+    /// an inference may have several threads, this one's engine becomes the one that they share. Also their recipe.
+    pub fn for_workers(self, config: &Arc<Config>) -> (Recipe, Vec<Make>) {
+        let (count, mut recipe) = (self.worker_count(config), self.recipe.clone());
+        let mut makes: Vec<Make> = Vec::with_capacity(count);
+        if count > 1 && config.model.inference_threads() > 1 {
+            recipe.shared = Some(Shared::new(self.engine));
+        } else {
+            makes.push(Box::new(|| Ok(self)));
+        }
+        while makes.len() < count {
+            let (recipe, config) = (recipe.clone(), config.clone());
+            makes.push(Box::new(move || Self::of(recipe, &config)));
+        }
+        (recipe, makes)
+    }
+
+    /// A classifier by the recipe of another.
+    pub fn of(recipe: Recipe, config: &Config) -> Result<Self, BundleError> {
+        let (runtime, model) = (runtime(config.model.engine)?, &recipe.bundle.model);
+        let engine = match &recipe.shared {
+            Some(shared) => engine::load_beside(runtime, model, shared.clone()),
+            None => engine::load(runtime, model, config.model.inference_threads()),
+        };
+        let engine = engine
+            .map_err(|e| BundleError(vec![format!("model.bundle: {e}; install another bundle")]))?;
+        let manifest = &recipe.bundle.manifest;
         let problems = tensor_problems(manifest, engine.inputs(), engine.outputs());
         if !problems.is_empty() {
             return Err(BundleError(problems));
@@ -236,12 +284,11 @@ impl Classifier {
         let quantizer = Quantizer::new(normalization, order, input.element, input.quant)
             .map_err(|e| BundleError(vec![format!("model.bundle: {e}; correct the manifest")]))?;
         Ok(Self {
-            bundle,
+            recipe,
             engine,
             finder,
             resizer,
             quantizer,
-            rule,
             quality: config.quality,
             keep_seen,
             tensor: Vec::new(),
@@ -252,7 +299,7 @@ impl Classifier {
     /// Runs the bundle's golden images, which must give their recorded probabilities within the manifest's tolerance.
     /// A problem names them by their number in the manifest, from 1: it goes into the log, which holds no file names.
     pub fn verify_golden(&mut self) -> Result<(), BundleError> {
-        let bundle = self.bundle.clone();
+        let bundle = self.bundle().clone();
         let golden = &bundle.manifest.golden;
         let limits = Limits::default();
         let mut problems = Vec::new();
@@ -283,12 +330,18 @@ impl Classifier {
 
     /// The bundle behind this.
     pub fn bundle(&self) -> &Arc<Bundle> {
-        &self.bundle
+        &self.recipe.bundle
     }
 
     /// The rule by which it decides.
     pub fn rule(&self) -> &RuleInForce {
-        &self.rule
+        &self.recipe.rule
+    }
+
+    /// A file is in work here until the answer is dropped, and while there are others too, each is worked on with one thread. `None` where no
+    /// others share an engine with this one.
+    pub fn at_work(&self) -> Option<AtWork> {
+        self.recipe.shared.as_ref().map(Shared::begin)
     }
 
     /// The runtime behind this.
@@ -362,7 +415,7 @@ impl Classifier {
         self.engine
             .run(&self.tensor, &mut self.outputs)
             .map_err(|e| failed(e.to_string()))?;
-        let manifest = &self.bundle.manifest;
+        let manifest = &self.recipe.bundle.manifest;
         let specs = self.engine.outputs();
         let values = real_values(
             &specs[manifest.output.index],
@@ -378,7 +431,7 @@ impl Classifier {
             }
         });
         let mut prediction =
-            Prediction::interpret(&manifest.output, &self.rule.rule, &values, heatmap)
+            Prediction::interpret(&manifest.output, &self.recipe.rule.rule, &values, heatmap)
                 .map_err(failed)?;
         let misfit = quality.as_ref().is_some_and(|q| q.misfit.is_some());
         if misfit && self.quality.misfits == Misfits::Indeterminate {

@@ -439,13 +439,17 @@ impl Watch {
     }
 }
 
+/// What all engines may take for the weights of their model where the number of workers is not given, in bytes: a quarter of what the systemd unit
+/// leaves to the daemon.
+const ENGINES: usize = 128 << 20;
+
 /// Cores that this process may use.
 pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 impl Model {
-    /// Threads of one inference: `threads`, or when it is 0 two, where there are two cores.
+    /// Threads of an inference while no other file is in work (else it has one): `threads`, or when it is 0 two, where there are two cores.
     pub fn inference_threads(&self) -> usize {
         match self.threads {
             0 => cores().min(2),
@@ -631,11 +635,14 @@ impl Config {
         toml::from_str(DEFAULTS).expect("the built-in defaults deserialize")
     }
 
-    /// The number of worker threads: `pipeline.workers`, or when it is 0 as many as the cores have room for, each with the threads of an
-    /// inference, up to 4.
-    pub fn worker_count(&self) -> usize {
+    /// The number of worker threads for a model of that size in bytes: `pipeline.workers`, or when it is 0 one a core, up to 4, and fewer where
+    /// their engines and a shared one would take more than [`ENGINES`] for its weights.
+    pub fn worker_count(&self, model: usize) -> usize {
         match self.pipeline.workers {
-            0 => (cores() / self.model.inference_threads()).clamp(1, 4),
+            0 => {
+                let fit = (ENGINES / model.max(1)).saturating_sub(1);
+                cores().min(4).min(fit).max(1)
+            }
             n => n,
         }
     }
@@ -1174,6 +1181,17 @@ mod tests {
                     .collect(),
             )
         })
+    }
+
+    #[test]
+    fn large_models_have_fewer_workers_unless_their_number_is_given() {
+        let mut config = Config::defaults();
+        let most = cores().min(4);
+        for (model, fit) in [(4 << 20, 31), (40 << 20, 2), (60 << 20, 1), (500 << 20, 1)] {
+            assert_eq!(config.worker_count(model), most.min(fit), "{model}");
+        }
+        config.pipeline.workers = 3;
+        assert_eq!(config.worker_count(500 << 20), 3);
     }
 
     #[test]

@@ -22,7 +22,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::classifier::{BundleError, Classifier};
+use crate::classifier::Classifier;
 use crate::commands::{self, Commands};
 use crate::config::{Config, Upload};
 use crate::dashboard::{self, Dashboard, Inbox};
@@ -60,7 +60,7 @@ const SILENCE: Duration = Duration::from_mins(1);
 pub struct Prepared {
     config: Arc<Config>,
     settings: Settings,
-    classifiers: Vec<Classifier>,
+    classifier: Classifier,
     http: Option<http::Settings>,
     candidate: Candidate,
     refused: Vec<String>,
@@ -90,15 +90,15 @@ impl Prepared {
 
     /// One line for people.
     pub fn describe(&self) -> String {
-        let model = &self.classifiers[0].bundle().model_ref;
+        let model = &self.classifier.bundle().model_ref;
         format!(
             "model {} {} ({}) on {}; {}; {} worker(s)",
             model.name,
             model.version,
             self.candidate.place.as_str(),
-            self.classifiers[0].engine_info(),
-            self.classifiers[0].rule(),
-            self.classifiers.len()
+            self.classifier.engine_info(),
+            self.classifier.rule(),
+            self.classifier.worker_count(&self.config)
         )
     }
 }
@@ -134,9 +134,7 @@ pub fn prepare_with(config: Config, files: Files) -> Result<Prepared, Vec<String
     let settings = files.settings.map_err(|line| problems.push(line));
     // Read first: should it change meanwhile, the daemon loads once more.
     let link = Models::of(&config.state.dir).link();
-    let found = bundles::first(&config, |candidate| {
-        Ok(classifiers(candidate.verify(&config)?, &config)?)
-    });
+    let found = bundles::first(&config, |candidate| candidate.verify(&config));
     let found = found.map_err(|lines| problems.extend(lines));
     let http = files.http.map_err(|line| problems.push(line));
     let (Ok(settings), Ok(found), Ok(http)) = (settings, found, http) else {
@@ -144,25 +142,18 @@ pub fn prepare_with(config: Config, files: Files) -> Result<Prepared, Vec<String
     };
     let Found {
         candidate,
-        loaded: classifiers,
+        loaded: classifier,
         refused,
     } = found;
     Ok(Prepared {
         config: Arc::new(config),
         settings,
-        classifiers,
+        classifier,
         http,
         candidate,
         refused,
         link,
     })
-}
-
-/// One for each worker: `first`, and others of its bundle and rule.
-pub fn classifiers(first: Classifier, config: &Config) -> Result<Vec<Classifier>, BundleError> {
-    let (bundle, rule) = (first.bundle().clone(), *first.rule());
-    let rest = (1..config.worker_count()).map(|_| Classifier::new(bundle.clone(), rule, config));
-    std::iter::once(Ok(first)).chain(rest).collect()
 }
 
 /// The broker settings of `config`, with the files they name read.
@@ -249,7 +240,7 @@ pub async fn run(
     let Prepared {
         config,
         settings,
-        classifiers,
+        classifier,
         http,
         candidate,
         refused,
@@ -279,9 +270,10 @@ pub async fn run(
         health.raise(Condition::LedgerRebuilt, "a damaged ledger was set aside; results in the folder are made again with the same ids");
     }
 
-    let bundle = classifiers[0].bundle().clone();
-    let engine = classifiers[0].engine_info().to_string();
-    let rule = *classifiers[0].rule();
+    let engine = classifier.engine_info().to_string();
+    let (recipe, classifiers) = classifier.for_workers(&config);
+    let bundle = recipe.bundle.clone();
+    let rule = recipe.rule;
     let model = &bundle.model_ref;
     tracing::info!(
         model = model.name,
@@ -359,13 +351,13 @@ pub async fn run(
     for (index, classifier) in classifiers.into_iter().enumerate() {
         let (context, reports) = (context.clone(), reports_tx.clone());
         let stopwatch = stopwatches[index].clone();
-        let started = worker::start(index, context, || Ok(classifier), reports, stopwatch);
+        let started = worker::start(index, context, classifier, reports, stopwatch);
         first.push(started.context("starting a worker")?);
     }
     let start_spare = move |index: usize| {
-        let (bundle, config) = (bundle.clone(), context.config.clone());
+        let (recipe, config) = (recipe.clone(), context.config.clone());
         let stopwatch = stopwatches.get(index).cloned().unwrap_or_default();
-        let classifier = move || Classifier::new(bundle, rule, &config);
+        let classifier = move || Classifier::of(recipe, &config);
         worker::start(
             index,
             context.clone(),

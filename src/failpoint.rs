@@ -91,7 +91,8 @@ mod active {
     }
 
     fn act(point: &str, action: Action) {
-        eprintln!("fail point {point}: {action:?}");
+        // Not to stderr, which is a file in memory while a runtime loads a model.
+        tracing::warn!("fail point {point}: {action:?}");
         match action {
             // Again and again: Rust's own handler takes the first SIGSEGV for a fault that comes again if it lets it pass.
             Action::Signal(signal) => loop {

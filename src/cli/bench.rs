@@ -11,9 +11,8 @@ use tokio::sync::{Notify, mpsc};
 
 use super::classify::{Asked, open_file, read_file};
 use super::{Failure, Global, say};
-use crate::classifier::{Bundle, BundleError, Classifier};
+use crate::classifier::{BundleError, Classifier, Recipe};
 use crate::config::{self, Config};
-use crate::daemon;
 use crate::engine::EngineInfo;
 use crate::health::Health;
 use crate::message::{ModelRef, Reporter, Sender, millis};
@@ -21,7 +20,6 @@ use crate::metrics::Metrics;
 use crate::phantom::Phantom;
 use crate::pipeline::worker::{self, Context, decode_limits};
 use crate::pipeline::{Candidate, Disposition};
-use crate::prediction::RuleInForce;
 use crate::progress::Stopwatch;
 use crate::scan::{ScanFile, Stamp, sha256};
 use crate::simulate::ExportFormat;
@@ -150,7 +148,7 @@ impl Drop for Scratch {
 }
 
 pub(super) fn bench(global: &Global, args: &BenchArgs) -> Result<(), Failure> {
-    let config = global.load()?;
+    let config = Arc::new(global.load()?);
     let asked = Asked::of(&config, args.bundle.as_ref())?;
     // Before this process becomes somebody else.
     let images = images(&args.files, config.limits.file_bytes)?;
@@ -158,10 +156,10 @@ pub(super) fn bench(global: &Global, args: &BenchArgs) -> Result<(), Failure> {
     let first = asked.load(&config)?;
     let load_ms = millis(start.elapsed());
     let time = Duration::from_secs(args.seconds);
-    let mut classifiers =
-        daemon::classifiers(first, &config).map_err(|e| Failure::Configuration(e.0))?;
-    let (workers, bundle) = (classifiers.len(), classifiers[0].bundle().clone());
-    let rule = *classifiers[0].rule();
+    let (recipe, makes) = first.for_workers(&config);
+    let made: Result<Vec<_>, _> = makes.into_iter().map(|make| make()).collect();
+    let mut classifiers = made.map_err(|e| Failure::Configuration(e.0))?;
+    let (workers, bundle) = (classifiers.len(), &recipe.bundle);
     let (stages_ms, one_worker) = stages(&mut classifiers[0], &images, &config, time)?;
     let all_workers = at_once(&mut classifiers, &images, &config, time);
     let engine = classifiers[0].engine_info().clone();
@@ -184,7 +182,7 @@ pub(super) fn bench(global: &Global, args: &BenchArgs) -> Result<(), Failure> {
         }
     };
     let peak_memory_bytes = peak_memory();
-    let bound = match flat_out(&bundle, rule, &config) {
+    let bound = match flat_out(&recipe, &config, workers) {
         Ok(Some(mut others)) => at_once(&mut others, &images, &config, time),
         Ok(None) => all_workers,
         Err(refused) => return Err(Failure::Configuration(refused.0)),
@@ -313,20 +311,21 @@ fn stages(
     Ok((stages, rate))
 }
 
-/// A classifier with one thread for each core, unless the configuration has it so: waiting for each other costs threads of one inference more than
-/// workers of their own.
+/// A classifier with one thread for each core, unless that is what all workers at once are: waiting for each other costs threads of one inference
+/// more than workers of their own.
 fn flat_out(
-    bundle: &Arc<Bundle>,
-    rule: RuleInForce,
+    recipe: &Recipe,
     config: &Config,
+    workers: usize,
 ) -> Result<Option<Vec<Classifier>>, BundleError> {
     let cores = config::cores();
-    if config.model.inference_threads() == 1 && config.worker_count() == cores {
+    let one_thread_each = workers > 1 || config.model.inference_threads() == 1;
+    if one_thread_each && workers == cores {
         return Ok(None);
     }
     let mut config = config.clone();
     config.model.threads = 1;
-    let one = |_| Classifier::new(bundle.clone(), rule, &config);
+    let one = |_| Classifier::new(recipe.bundle.clone(), recipe.rule, &config);
     (0..cores).map(one).collect::<Result<_, _>>().map(Some)
 }
 
@@ -341,6 +340,7 @@ fn at_once(
     let start = Instant::now();
     let done: usize = std::thread::scope(|scope| {
         let run = |classifier: &mut Classifier| {
+            let _at_work = classifier.at_work();
             let mut done = 0;
             while start.elapsed() < time {
                 for bytes in images {

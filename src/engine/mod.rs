@@ -8,6 +8,7 @@ mod helpers;
 #[cfg(litert)]
 mod litert;
 mod model_file;
+mod shared;
 mod stderr;
 #[cfg(tflite)]
 mod tflite;
@@ -18,8 +19,10 @@ use std::sync::Arc;
 use serde::Serialize;
 
 use helpers::{Helped, Helpers};
+use shared::Either;
 
 pub use crate::tensor::{ElementType, QuantParams, TensorSpec};
+pub use shared::{AtWork, Shared};
 
 impl TensorSpec {
     /// `input` is as long as this tensor.
@@ -71,7 +74,7 @@ pub struct EngineInfo {
     pub version: String,
     /// Who executes the operators, with its share when known, e.g. `"XNNPACK (65 of 65 operators)"`.
     pub delegate: String,
-    /// Threads of one interpreter.
+    /// Threads of an inference while no other file is in work.
     pub threads: usize,
 }
 
@@ -180,4 +183,14 @@ pub fn load(
     let (engine, helpers) = Helpers::of(|| stderr::explained(load));
     let engine = engine?;
     Ok(Box::new(Helped { engine, helpers }))
+}
+
+/// [`load`] with one thread, and the `shared` engine of that model for when no other worker is at work.
+pub fn load_beside(
+    runtime: Runtime,
+    model: &ModelBytes,
+    shared: Arc<Shared>,
+) -> Result<Box<dyn Engine>, EngineError> {
+    let own = load(runtime, model, 1)?;
+    Ok(Box::new(Either { own, shared }))
 }

@@ -100,6 +100,7 @@ pub fn start(
         while let Ok(candidate) = candidates.recv() {
             worker.stopwatch.stop();
             let path = candidate.path.clone();
+            let _at_work = worker.classifier.at_work();
             let disposition = catch_unwind(AssertUnwindSafe(|| worker.process(&candidate)))
                 .unwrap_or(Disposition::WorkerDied);
             let died = disposition == Disposition::WorkerDied;

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use rustix::thread::{Pid, sched_getaffinity};
 use scansentry::engine::{
-    self, ElementType, Engine, ModelBytes, QuantParams, RUNTIMES, Runtime, TensorSpec,
+    self, ElementType, Engine, ModelBytes, QuantParams, RUNTIMES, Runtime, Shared, TensorSpec,
 };
 use scansentry::imaging::Picture;
 use scansentry::imaging::decode::{Limits, Source};
@@ -335,6 +335,24 @@ fn all_engines_give_the_same_answers() {
             }
             println!("{}: {other:?} against {first:?}: {steps}", bundle.display());
             steps.assert_close();
+        }
+    }
+}
+
+/// One worker alone has the shared engine and its two threads, one of several its own.
+#[test]
+fn alone_or_beside_others_the_answer_is_the_same() {
+    for bundle in shipped_bundles() {
+        let model = ModelBytes::copy_of(&fs::read(bundle.join("model.tflite")).unwrap());
+        for &runtime in RUNTIMES {
+            let shared = Shared::new(engine::load(runtime, &model, 2).unwrap());
+            let mut engine = engine::load_beside(runtime, &model, shared.clone()).unwrap();
+            for input in model_inputs(engine.inputs()[0].bytes()) {
+                let _one = shared.begin();
+                let alone = run(&mut *engine, &input);
+                let _another = shared.begin();
+                assert!(run(&mut *engine, &input) == alone, "{}", bundle.display());
+            }
         }
     }
 }
