@@ -3,7 +3,7 @@
 CARGO ?= cargo
 SHARED_DATA ?= $(abspath ../shared/data)
 
-.PHONY: demo test faults soak fleet baseline growth baseline-python instructions test-tflite test-emulated test-deb test-arm64 test-board test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model model-train model-evaluate model-convert convert test-convert reference fuzz clean
+.PHONY: demo test faults soak fleet baseline growth flamegraph baseline-python instructions test-tflite test-emulated test-deb test-arm64 test-board test-browser screenshots cross-aarch64 cross-armv7 cross-x86_64 deb setup setup-browser build lint doc deny asyncapi model model-train model-evaluate model-convert convert test-convert reference fuzz clean
 
 ## The main job in one process: embedded broker, simulated scanner, real model (ARGS="--count 20 --rate 5")
 demo: setup
@@ -34,6 +34,13 @@ baseline: build baseline-python
 ## 100,000 images in the folder and a backlog of 50,000 messages: docs/images/growth.svg (half an hour)
 growth: build baseline-python
 	target/baseline/bin/python benches/baseline/growth.py --plot docs/images/growth.svg $(ARGS)
+
+## Where the processor's time goes: docs/images/flame-alone.svg and flame-burst.svg (as root; a build of its own, with symbols)
+flamegraph: setup baseline-python
+	@scripts/setup.sh --packages linux-perf
+	command -v inferno-flamegraph || $(CARGO) install --locked inferno
+	RUSTFLAGS="-C force-frame-pointers=yes" CARGO_PROFILE_RELEASE_STRIP=none CARGO_PROFILE_RELEASE_DEBUG=line-tables-only $(CARGO) build --release --target-dir target/flamegraph
+	target/baseline/bin/python benches/baseline/flame.py --program target/flamegraph/release/scansentry --out docs/images $(ARGS)
 
 baseline-python:
 	python3 -m venv target/baseline

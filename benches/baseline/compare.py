@@ -207,6 +207,26 @@ def start(kind, args, broker, folder, board=None):
     return Daemon([*command, "--workers", str(workers)], {}, export, board)
 
 
+def one_by_one(daemon, subscriber, images):
+    """Seconds from the rename to the message, for each picture."""
+    latency = []
+    for data, suffix in images:
+        temporary, name = daemon.put(data, suffix)
+        time.sleep(0.03)
+        begin = time.perf_counter()
+        temporary.rename(name)
+        latency.append(subscriber.wait(daemon.number) - begin)
+    return latency
+
+
+def at_once(daemon, subscriber, files):
+    """Seconds from the first rename to the last message, for files that `daemon.put` wrote."""
+    begin = time.perf_counter()
+    for temporary, name in files:
+        temporary.rename(name)
+    return subscriber.wait(daemon.number) - begin
+
+
 def measure(kind, args, images, idle, board):
     """One round with one daemon."""
     folder = pathlib.Path(tempfile.mkdtemp(dir=args.dir))
@@ -220,26 +240,17 @@ def measure(kind, args, images, idle, board):
             temporary, name = daemon.put(data + b"warm", suffix)
             temporary.rename(name)
             subscriber.wait(daemon.number)
-        latency = []
-        for data, suffix in singles:
-            temporary, name = daemon.put(data, suffix)
-            time.sleep(0.03)
-            begin = time.perf_counter()
-            temporary.rename(name)
-            latency.append(subscriber.wait(daemon.number) - begin)
+        latency = one_by_one(daemon, subscriber, singles)
         steady = memory(pid, "VmRSS")
         files = [daemon.put(data, suffix) for data, suffix in burst]
-        before, begin = cpu(pid), time.perf_counter()
-        for temporary, name in files:
-            temporary.rename(name)
-        end = subscriber.wait(daemon.number)
+        before, seconds = cpu(pid), at_once(daemon, subscriber, files)
         time.sleep(0.5)
         figures = {
             "p50 ms": statistics.median(latency) * 1e3,
             "p95 ms": statistics.quantiles(latency, n=20)[18] * 1e3,
             "p99 ms": statistics.quantiles(latency, n=100)[98] * 1e3,
             "max ms": max(latency) * 1e3,
-            "burst images/s": len(burst) / (end - begin),
+            "burst images/s": len(burst) / seconds,
             "CPU ms an image": (cpu(pid) - before) / len(burst) * 1e3,
             "steady MB": steady,
             "peak MB": memory(pid, "VmHWM"),
