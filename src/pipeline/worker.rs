@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc as std_mpsc;
+use std::sync::mpsc::{self as std_mpsc, RecvTimeoutError};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -31,6 +31,9 @@ use crate::store::{
 
 /// Wait between two tries to write to a ledger that cannot be written.
 const RETRY: Duration = Duration::from_millis(500);
+
+/// A worker counts as at work until it has had nothing to do for this long: in a burst it waits only for its next file to be handed over.
+const BETWEEN: Duration = Duration::from_millis(3);
 
 /// What all workers share.
 #[derive(Clone)]
@@ -97,10 +100,19 @@ pub fn start(
             classifier,
             stopwatch: its_own,
         };
-        while let Ok(candidate) = candidates.recv() {
+        let mut at_work = None;
+        loop {
+            let next = candidates.recv_timeout(BETWEEN).or_else(|error| {
+                at_work = None;
+                match error {
+                    RecvTimeoutError::Timeout => candidates.recv().map_err(drop),
+                    RecvTimeoutError::Disconnected => Err(()),
+                }
+            });
+            let Ok(candidate) = next else { return };
+            at_work = at_work.or_else(|| worker.classifier.at_work());
             worker.stopwatch.stop();
             let path = candidate.path.clone();
-            let _at_work = worker.classifier.at_work();
             let disposition = catch_unwind(AssertUnwindSafe(|| worker.process(&candidate)))
                 .unwrap_or(Disposition::WorkerDied);
             let died = disposition == Disposition::WorkerDied;
