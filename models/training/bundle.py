@@ -1,6 +1,6 @@
 """Put a bundle together: manifest.toml, the golden phantoms with what the int8 model says of them, MODEL_CARD.md.
 
-    bundle.py --model model.tflite --evaluation evaluation.json [--small] --out models/braintumor [--version 0.2.1]
+    bundle.py --model model.tflite --evaluation evaluation.json [--small] --out models/braintumor [--version V]
 
 The model card's text is model_card.md, of the small network model_card_small.md; {placeholders} are filled from the evaluation.
 """
@@ -28,9 +28,9 @@ GOLDEN = {
 TEMPLATE = Path(__file__).with_name("manifest.template.toml")
 # The network after all blocks, and the one after block 10: what the manifest says of them, and their card.
 KINDS = {
-    False: {"name": "braintumor", "network": "EfficientNet-Lite0", "cells": "7x7", "card": "model_card.md"},
+    False: {"name": "braintumor", "version": "0.2.1", "network": "EfficientNet-Lite0", "cells": "7x7", "card": "model_card.md"},
     True: {
-        "name": "braintumor-small", "network": "Blocks 0-10 of EfficientNet-Lite0", "cells": "14x14",
+        "name": "braintumor-small", "version": "0.1.0", "network": "Blocks 0-10 of EfficientNet-Lite0", "cells": "14x14",
         "card": "model_card_small.md",
     },
 }  # fmt: skip
@@ -42,14 +42,15 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, help="evaluation.json; without it no model card is written")
     parser.add_argument("--small", action="store_true", help="MODEL is the exit after block 10")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--version", default="0.2.1")
+    parser.add_argument("--version", help="default: that of the shipped bundle of this kind")
     args = parser.parse_args()
     golden = args.out / "golden"
     golden.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(args.model, args.out / "model.tflite")
     digest = hashlib.sha256(args.model.read_bytes()).hexdigest()
     kind, manifest = KINDS[args.small], TEMPLATE.read_text()
-    for key, value in {"NAME": kind["name"], "NETWORK": kind["network"], "CELLS": kind["cells"], "VERSION": args.version, "SHA256": digest}.items():
+    version = args.version or kind["version"]
+    for key, value in {"NAME": kind["name"], "NETWORK": kind["network"], "CELLS": kind["cells"], "VERSION": version, "SHA256": digest}.items():
         manifest = manifest.replace(f"@{key}@", value)
     (args.out / "manifest.toml").write_text(manifest)
 
@@ -65,7 +66,7 @@ def main() -> None:
         figures = json.loads(args.evaluation.read_text())
         for key, text in card_tables(figures, [*EXITS][args.small]).items():
             card = card.replace("{" + key + "}", text)
-        (args.out / "MODEL_CARD.md").write_text(card.replace("{version}", args.version).replace("{sha256}", digest))
+        (args.out / "MODEL_CARD.md").write_text(card.replace("{version}", version).replace("{sha256}", digest))
 
 
 def card_tables(figures: dict, exit_name: str) -> dict[str, str]:
