@@ -95,7 +95,8 @@ def card_tables(figures: dict, exit_name: str) -> dict[str, str]:
         lines = ["| on | AUC | accuracy | sensitivity | specificity | ECE |\n|---|---|---|---|---|---|"]
         for on in dict.fromkeys(r["on"] for r in rows):
             same = {r["seed"]: r for r in rows if r["on"] == on}
-            cells = (" / ".join(number(same[seed][key]) for seed in seeds if seed in same) for key in keys)
+            values = ([same[seed][key] for seed in seeds if seed in same] for key in keys)
+            cells = (number(None) if not any(v is not None for v in row) else " / ".join(map(number, row)) for row in values)
             lines.append(" | ".join([f"| {on}", *cells]) + " |")
         return "\n".join(lines)
 

@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{self as std_mpsc, RecvTimeoutError};
+use std::sync::mpsc as std_mpsc;
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -15,6 +15,7 @@ use super::read::{Content, read};
 use super::{Candidate, Disposition, Report};
 use crate::classifier::{BundleError, Classifier};
 use crate::config::Config;
+use crate::engine::AtWork;
 use crate::failpoint;
 use crate::health::{Condition, Health};
 use crate::imaging::decode::Limits;
@@ -101,15 +102,7 @@ pub fn start(
             stopwatch: its_own,
         };
         let mut at_work = None;
-        loop {
-            let next = candidates.recv_timeout(BETWEEN).or_else(|error| {
-                at_work = None;
-                match error {
-                    RecvTimeoutError::Timeout => candidates.recv().map_err(drop),
-                    RecvTimeoutError::Disconnected => Err(()),
-                }
-            });
-            let Ok(candidate) = next else { return };
+        while let Some(candidate) = next(&candidates, &mut at_work) {
             at_work = at_work.or_else(|| worker.classifier.at_work());
             worker.stopwatch.stop();
             let path = candidate.path.clone();
@@ -129,6 +122,20 @@ pub fn start(
         stopwatch,
         thread,
     })
+}
+
+/// Waits for the next file; whoever waits longer than [`BETWEEN`] is not at work.
+fn next(
+    candidates: &std_mpsc::Receiver<Candidate>,
+    at_work: &mut Option<AtWork>,
+) -> Option<Candidate> {
+    if at_work.is_some()
+        && let Ok(candidate) = candidates.recv_timeout(BETWEEN)
+    {
+        return Some(candidate);
+    }
+    *at_work = None;
+    candidates.recv().ok()
 }
 
 struct Worker {
