@@ -241,10 +241,12 @@ impl Classifier {
         let (runtime, model) = (runtime(config.model.engine)?, &recipe.bundle.model);
         let engine = match &recipe.shared {
             Some(shared) => engine::load_beside(runtime, model, shared.clone()),
-            None => engine::load(runtime, model, config.model.inference_threads()),
+            None => {
+                engine::load(runtime, model, config.model.inference_threads()).map_err(|e| {
+                    BundleError(vec![format!("model.bundle: {e}; install another bundle")])
+                })?
+            }
         };
-        let engine = engine
-            .map_err(|e| BundleError(vec![format!("model.bundle: {e}; install another bundle")]))?;
         let manifest = &recipe.bundle.manifest;
         let problems = tensor_problems(manifest, engine.inputs(), engine.outputs());
         if !problems.is_empty() {

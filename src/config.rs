@@ -439,8 +439,8 @@ impl Watch {
     }
 }
 
-/// What all engines may take for the weights of their model where the number of workers is not given, in bytes: a quarter of what the systemd unit
-/// leaves to the daemon.
+/// What all engines may take where the number of workers is not given, in bytes: a quarter of what the systemd unit leaves to the daemon. Each is
+/// reckoned at the size of its model: some runtimes copy the weights, and what an engine calculates with grows with the model too.
 const ENGINES: usize = 128 << 20;
 
 /// Cores that this process may use.
@@ -636,7 +636,7 @@ impl Config {
     }
 
     /// The number of worker threads for a model of that size in bytes: `pipeline.workers`, or when it is 0 one a core, up to 4, and fewer where
-    /// their engines and a shared one would take more than [`ENGINES`] for its weights.
+    /// their engines and a shared one would take more than [`ENGINES`].
     pub fn worker_count(&self, model: usize) -> usize {
         match self.pipeline.workers {
             0 => {

@@ -14,9 +14,13 @@
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::mem::MaybeUninit;
+use std::os::fd::{IntoRawFd, OwnedFd, RawFd};
 use std::ptr::{self, NonNull};
+use std::sync::OnceLock;
 
 use litert_sys as sys;
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::io::fcntl_dupfd_cloexec;
 
 use super::model_file::ModelFile;
 use super::{ElementType, Engine, EngineError, EngineInfo, ModelBytes, TensorSpec, stderr};
@@ -39,7 +43,7 @@ pub(super) fn load(
     let model = create_model(bytes)?;
     let signature_order = outputs_in_signature_order(&model)?;
 
-    let options = create_options(threads)?;
+    let options = create_options(threads, bytes)?;
     let compiled = compile(&environment, &model, &options)?;
     let input = create_buffer(&environment, &input_spec)?;
     write_buffer(&input, &vec![0; input_spec.bytes()])?;
@@ -51,17 +55,20 @@ pub(super) fn load(
     // Compiling accepts operators that the runtime does not have, among others: only running shows them.
     run(&compiled, &input, &outputs, &signature_order)
         .map_err(|status| EngineError::Load(format!("it does not run: {status}")))?;
-    let delegate = describe_delegate(
-        operators,
-        &list_undelegated(
+    let delegate = &bytes.0.litert.delegate;
+    if delegate.get().is_none() {
+        let left = list_undelegated(
+            bytes,
             &environment,
             &model,
             &input,
             &outputs,
             &compiled,
             &signature_order,
-        )?,
-    );
+        )?;
+        delegate.get_or_init(|| describe_delegate(operators, &left));
+    }
+    let delegate = delegate.get().expect("just found").clone();
     let version = env!("SCANSENTRY_LITERT_VERSION").to_owned();
     Ok(LiteRt {
         info: EngineInfo {
@@ -81,6 +88,26 @@ pub(super) fn load(
         input_specs: [input_spec],
         output_specs,
     })
+}
+
+/// What the first engine of a model leaves for the others.
+#[derive(Debug, Default)]
+pub(super) struct Common {
+    /// The weights as XNNPACK packs them for this processor, in a file in memory: the first engine writes it, all map it. `None` where the kernel
+    /// has no such files; then each has its own copy.
+    packed: OnceLock<Option<OwnedFd>>,
+    /// Who runs the operators.
+    delegate: OnceLock<String>,
+}
+
+impl Common {
+    /// A descriptor of the packed weights for XNNPACK, which will close it.
+    fn packed(&self) -> Option<RawFd> {
+        let make = || memfd_create("packed weights", MemfdFlags::CLOEXEC).ok();
+        let packed = self.packed.get_or_init(make).as_ref()?;
+        // Not where standard input, output and error belong; 0 would mean that there is none.
+        Some(fcntl_dupfd_cloexec(packed, 3).ok()?.into_raw_fd())
+    }
 }
 
 /// A model compiled by LiteRT for the CPU, with its input and output buffers.
@@ -161,7 +188,10 @@ fn create_model(bytes: &ModelBytes) -> Result<Owned<sys::LiteRtModelT>, EngineEr
     .map_err(|status| EngineError::Load(status.to_string()))
 }
 
-fn create_options(threads: usize) -> Result<Owned<sys::LiteRtOptionsT>, EngineError> {
+fn create_options(
+    threads: usize,
+    model: &ModelBytes,
+) -> Result<Owned<sys::LiteRtOptionsT>, EngineError> {
     let failed =
         |status: Status| EngineError::Load(format!("the runtime refuses its options: {status}"));
     // SAFETY: `out` is where the function writes the new handle.
@@ -176,8 +206,10 @@ fn create_options(threads: usize) -> Result<Owned<sys::LiteRtOptionsT>, EngineEr
     .map_err(failed)?;
 
     // What `LrtGetOpaqueCpuOptionsData` of litert_cpu_options.h makes; the library does not export that function.
-    add_opaque_options(&options, c"xnnpack", &format!("num_threads = {threads}\n"))
-        .map_err(failed)?;
+    let packed = model.0.litert.packed();
+    let packed = packed.map(|descriptor| format!("weight_cache_file_descriptor = {descriptor}\n"));
+    let toml = format!("num_threads = {threads}\n{}", packed.unwrap_or_default());
+    add_opaque_options(&options, c"xnnpack", &toml).map_err(failed)?;
     Ok(options)
 }
 
@@ -269,6 +301,7 @@ fn describe_delegate(operators: usize, left: &[String]) -> String {
 /// The runtime says by itself only whether there are any. If so, a second copy of the model is compiled with the profiler,
 /// run once on zeros, and thrown away: that costs one more load.
 fn list_undelegated(
+    bytes: &ModelBytes,
     environment: &Owned<sys::LiteRtEnvironmentT>,
     model: &Owned<sys::LiteRtModelT>,
     input: &Owned<sys::LiteRtTensorBufferT>,
@@ -281,7 +314,7 @@ fn list_undelegated(
         return Ok(Vec::new());
     }
     let failed = |status: Status| EngineError::Load(format!("the profiler fails: {status}"));
-    let options = create_options(1)?;
+    let options = create_options(1, bytes)?;
     add_opaque_options(
         &options,
         c"runtime_options_string",
@@ -551,4 +584,65 @@ unsafe fn text(chars: *const c_char) -> String {
     unsafe { CStr::from_ptr(chars) }
         .to_string_lossy()
         .into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+    use std::path::Path;
+
+    use rustix::fs::fstat;
+
+    use super::super::{Runtime, load};
+    use super::*;
+
+    fn inode(model: &ModelBytes) -> u64 {
+        let packed = model.0.litert.packed.get().unwrap().as_ref().unwrap();
+        fstat(packed).unwrap().st_ino
+    }
+
+    /// Descriptors of the packed weights of `model` in this process.
+    fn open(model: &ModelBytes) -> usize {
+        let descriptors = std::fs::read_dir("/proc/self/fd").unwrap();
+        descriptors
+            .filter_map(|entry| std::fs::metadata(entry.ok()?.path()).ok())
+            .filter(|file| file.ino() == inode(model))
+            .count()
+    }
+
+    /// How often this process has mapped them.
+    fn mapped(model: &ModelBytes) -> usize {
+        let inode = format!(" {} ", inode(model));
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        maps.lines()
+            .filter(|line| line.contains("packed weights") && line.contains(&inode))
+            .count()
+    }
+
+    #[test]
+    fn engines_of_a_model_share_its_packed_weights() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let bytes = std::fs::read(root.join("models/braintumor/model.tflite")).unwrap();
+        let model = ModelBytes::copy_of(&bytes);
+        let load = |threads| load(Runtime::LiteRt, &model, threads).unwrap();
+        let mut engines = vec![load(2)];
+        // The one that writes the file may map it in pieces.
+        let first = mapped(&model);
+        engines.extend([load(1), load(1)]);
+        assert_eq!(mapped(&model), first + 2);
+        let mut answers = Vec::new();
+        for engine in &mut engines {
+            let input: Vec<u8> = (0..engine.inputs()[0].bytes()).map(|i| i as u8).collect();
+            let mut outputs = Vec::new();
+            engine.run(&input, &mut outputs).unwrap();
+            assert_eq!(
+                engine.info().delegate,
+                "XNNPACK (61 of 65 operators; on built-in kernels: 1 AVERAGE_POOL_2D, 3 QUANTIZE)"
+            );
+            answers.push(outputs);
+        }
+        assert!(answers[0] == answers[1] && answers[1] == answers[2]);
+        drop(engines);
+        assert_eq!((mapped(&model), open(&model)), (0, 1));
+    }
 }

@@ -123,12 +123,17 @@ pub enum EngineError {
 /// More threads than that per interpreter help on no board that this runs on.
 const MAX_THREADS: usize = 64;
 
-/// The bytes of a `.tflite` file, at an address that is a multiple of 16, for which its tensors are laid out. Cheap to clone: all engines of a
-/// model borrow the same ones.
+/// The bytes of a `.tflite` file, and what all engines of that model share. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct ModelBytes {
-    bytes: Arc<Vec<u8>>,
+pub struct ModelBytes(Arc<Model>);
+
+#[derive(Debug)]
+struct Model {
+    /// With some bytes in front, so that the file begins at an address that is a multiple of 16, for which its tensors are laid out.
+    bytes: Vec<u8>,
     start: usize,
+    #[cfg(litert)]
+    litert: litert::Common,
 }
 
 impl ModelBytes {
@@ -141,10 +146,12 @@ impl ModelBytes {
         aligned.resize(start, 0);
         // It has the room, so it stays where it is.
         aligned.extend_from_slice(bytes);
-        Self {
-            bytes: Arc::new(aligned),
+        Self(Arc::new(Model {
+            bytes: aligned,
             start,
-        }
+            #[cfg(litert)]
+            litert: litert::Common::default(),
+        }))
     }
 }
 
@@ -152,7 +159,7 @@ impl Deref for ModelBytes {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.bytes[self.start..]
+        &self.0.bytes[self.0.start..]
     }
 }
 
@@ -185,12 +192,10 @@ pub fn load(
     Ok(Box::new(Helped { engine, helpers }))
 }
 
-/// [`load`] with one thread, and the `shared` engine of that model for when no other worker is at work.
-pub fn load_beside(
-    runtime: Runtime,
-    model: &ModelBytes,
-    shared: Arc<Shared>,
-) -> Result<Box<dyn Engine>, EngineError> {
-    let own = load(runtime, model, 1)?;
-    Ok(Box::new(Either { own, shared }))
+/// The `shared` engine of that model for when no other worker is at work, and one with one thread for when others are, loaded when it is needed
+/// for the first time.
+pub fn load_beside(runtime: Runtime, model: &ModelBytes, shared: Arc<Shared>) -> Box<dyn Engine> {
+    let model = model.clone();
+    let load_own = Box::new(move || load(runtime, &model, 1));
+    Box::new(Either::new(shared, load_own))
 }

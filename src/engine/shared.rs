@@ -1,11 +1,11 @@
-//! One engine with several threads for all workers, beside an engine of one thread for each.
+//! One engine with several threads for all workers, and an engine of one thread for each as soon as there are several files at a time.
 //!
 //! A picture that is alone has its answer sooner from several threads; many pictures are done sooner, and with less processor time, by as many
 //! workers with one thread each, because threads of one inference wait for each other. Both run the same operators on the same model and give
-//! the same bytes.
+//! the same bytes. Where a worker's own engine cannot be loaded, for lack of memory, it waits for the shared one.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Engine, EngineError, EngineInfo, TensorSpec};
 
@@ -13,6 +13,8 @@ use super::{Engine, EngineError, EngineInfo, TensorSpec};
 pub struct Shared {
     engine: Mutex<Box<dyn Engine>>,
     info: EngineInfo,
+    inputs: Vec<TensorSpec>,
+    outputs: Vec<TensorSpec>,
     at_work: AtomicUsize,
 }
 
@@ -30,6 +32,8 @@ impl Shared {
     pub fn new(engine: Box<dyn Engine>) -> Arc<Self> {
         Arc::new(Self {
             info: engine.info().clone(),
+            inputs: engine.inputs().to_vec(),
+            outputs: engine.outputs().to_vec(),
             engine: Mutex::new(engine),
             at_work: AtomicUsize::new(0),
         })
@@ -42,10 +46,48 @@ impl Shared {
     }
 }
 
-/// A worker's own engine, and the shared one for when no other worker is at work.
+type Load = Box<dyn Fn() -> Result<Box<dyn Engine>, EngineError> + Send>;
+
+/// The shared engine for when no other worker is at work, and a worker's own for when others are.
 pub(super) struct Either {
-    pub(super) own: Box<dyn Engine>,
-    pub(super) shared: Arc<Shared>,
+    shared: Arc<Shared>,
+    load_own: Load,
+    own: Own,
+}
+
+enum Own {
+    NotNeededYet,
+    Loaded(Box<dyn Engine>),
+    /// It has been said.
+    CannotBeLoaded,
+}
+
+impl Either {
+    pub(super) fn new(shared: Arc<Shared>, load_own: Load) -> Self {
+        Self {
+            shared,
+            load_own,
+            own: Own::NotNeededYet,
+        }
+    }
+
+    fn own(&mut self) -> Option<&mut Box<dyn Engine>> {
+        if let Own::NotNeededYet = self.own {
+            self.own = match (self.load_own)() {
+                Ok(engine) => Own::Loaded(engine),
+                Err(error) => {
+                    tracing::warn!(
+                        "no further engine can be loaded, workers wait for one another: {error}; pipeline.workers = 1 needs only one"
+                    );
+                    Own::CannotBeLoaded
+                }
+            };
+        }
+        match &mut self.own {
+            Own::Loaded(engine) => Some(engine),
+            Own::NotNeededYet | Own::CannotBeLoaded => None,
+        }
+    }
 }
 
 impl Engine for Either {
@@ -54,21 +96,27 @@ impl Engine for Either {
     }
 
     fn inputs(&self) -> &[TensorSpec] {
-        self.own.inputs()
+        &self.shared.inputs
     }
 
     fn outputs(&self) -> &[TensorSpec] {
-        self.own.outputs()
+        &self.shared.outputs
     }
 
     fn run(&mut self, input: &[u8], outputs: &mut Vec<Vec<u8>>) -> Result<(), EngineError> {
-        // Never waited for: a worker that hangs in it, or died in it, keeps it.
+        // Not waited for while there is another: a worker that hangs in it, or died in it, keeps it.
         if self.shared.at_work.load(Ordering::Relaxed) <= 1
             && let Ok(mut engine) = self.shared.engine.try_lock()
         {
             return engine.run(input, outputs);
         }
-        self.own.run(input, outputs)
+        if let Some(own) = self.own() {
+            return own.run(input, outputs);
+        }
+        let engine = self.shared.engine.lock();
+        engine
+            .unwrap_or_else(PoisonError::into_inner)
+            .run(input, outputs)
     }
 }
 
@@ -112,10 +160,13 @@ mod tests {
     #[test]
     fn whoever_is_alone_has_the_shared_engine_and_nobody_waits_for_it() {
         let shared = Shared::new(Fake::of(2));
-        let mut engine = Either {
-            own: Fake::of(1),
-            shared: shared.clone(),
+        let loads = Arc::new(AtomicUsize::new(0));
+        let counted = loads.clone();
+        let load_own = move || {
+            counted.fetch_add(1, Ordering::Relaxed);
+            Ok(Fake::of(1))
         };
+        let mut engine = Either::new(shared.clone(), Box::new(load_own));
         assert_eq!(engine.info().threads, 2);
         let mut threads = || {
             let mut outputs = Vec::new();
@@ -125,8 +176,10 @@ mod tests {
         assert_eq!(threads(), 2, "nobody counted, as for a single file");
         let first = shared.begin();
         assert_eq!(threads(), 2);
+        assert_eq!(loads.load(Ordering::Relaxed), 0, "not needed yet");
         let second = shared.begin();
-        assert_eq!(threads(), 1);
+        assert_eq!((threads(), threads()), (1, 1));
+        assert_eq!(loads.load(Ordering::Relaxed), 1);
         drop(first);
         assert_eq!(threads(), 2);
         drop(second);
@@ -142,5 +195,24 @@ mod tests {
         });
         assert!(died.join().is_err());
         assert_eq!(threads(), 1);
+    }
+    #[test]
+    fn workers_without_an_engine_of_their_own_wait_for_one_another() {
+        let shared = Shared::new(Fake::of(2));
+        let load_own = || Err(EngineError::Load("no memory".to_owned()));
+        let mut engine = Either::new(shared.clone(), Box::new(load_own));
+        let _at_work = (shared.begin(), shared.begin());
+        let busy = shared.clone();
+        let (held, holding) = std::sync::mpsc::channel();
+        let other = std::thread::spawn(move || {
+            let _engine = busy.engine.lock().unwrap();
+            held.send(()).unwrap();
+            std::thread::park_timeout(std::time::Duration::from_millis(20));
+        });
+        holding.recv().unwrap();
+        let mut outputs = Vec::new();
+        engine.run(&[], &mut outputs).unwrap();
+        assert_eq!(outputs, [[2]]);
+        other.join().unwrap();
     }
 }
