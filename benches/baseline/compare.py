@@ -119,12 +119,47 @@ def cpu(pid):
 
 
 def memory(pid, key):
-    """`VmRSS` now or `VmHWM` at most, MB, summed over the tree. Shared pages of several processes count several times."""
+    """`VmRSS` now or `VmHWM` at most, MB, summed over the tree. A page counts as often as it is mapped, in one process or in several."""
     total = 0
     for p in tree(pid):
         text = pathlib.Path(f"/proc/{p}/status").read_text()
         total += next((int(line.split()[1]) for line in text.splitlines() if line.startswith(key)), 0)
     return total / 1024
+
+
+class Footprint:
+    """The most memory that the tree had at a time, MB, looked at twice a second: what it has by itself, and each part of a file that it has mapped
+    once, however often. (`Pss` would share the interpreter's pages with this very program.)"""
+
+    def __init__(self, pid):
+        self.pid, self.peak, self.end = pid, 0, threading.Event()
+        self.thread = threading.Thread(target=self.look, daemon=True)
+        self.thread.start()
+
+    def look(self):
+        while not self.end.wait(0.5):
+            self.peak = max(self.peak, self.now())
+
+    def now(self):
+        own, files = 0, {}
+        for p in tree(self.pid):
+            for line in pathlib.Path(f"/proc/{p}/smaps").read_text().splitlines():
+                words = line.split()
+                if "-" in words[0]:
+                    # Addresses, permissions, offset, device, inode.
+                    _, _, offset, device, inode = words[:5]
+                elif words[0] == "Rss:":
+                    resident = int(words[1])
+                elif words[0] == "Anonymous:":
+                    own += int(words[1])
+                    file = (device, inode, offset)
+                    files[file] = max(files.get(file, 0), resident - int(words[1]))
+        return (own + sum(files.values())) / 1024
+
+    def stop(self):
+        self.end.set()
+        self.thread.join()
+        return max(self.peak, self.now())
 
 
 class SmallBoard:
@@ -234,6 +269,7 @@ def measure(kind, args, images, idle, board):
     subscriber = Subscriber(broker.port)
     daemon = start(kind, args, broker, folder, board)
     pid = daemon.process.pid
+    footprint = Footprint(pid)
     singles, burst = images[: args.singles], images[args.singles :]
     try:
         for data, suffix in singles[:10]:
@@ -254,6 +290,7 @@ def measure(kind, args, images, idle, board):
             "CPU ms an image": (cpu(pid) - before) / len(burst) * 1e3,
             "steady MB": steady,
             "peak MB": memory(pid, "VmHWM"),
+            "peak MB, pages once": footprint.stop(),
             "start to ready ms": daemon.ready * 1e3,
         }
         if idle:
