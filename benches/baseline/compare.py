@@ -129,7 +129,8 @@ def memory(pid, key):
 
 class Footprint:
     """The most memory that the tree had at a time, MB, looked at twice a second: what it has by itself, and each part of a file that it has mapped
-    once, however often. (`Pss` would share the interpreter's pages with this very program.)"""
+    once, however often; what forked processes have not written since counts for each. (`Pss` would share the interpreter's pages with this very
+    program.)"""
 
     def __init__(self, pid):
         self.pid, self.peak, self.end = pid, 0, threading.Event()
@@ -299,6 +300,7 @@ def measure(kind, args, images, idle, board):
             figures["idle CPU %"] = (cpu(pid) - before) / idle * 100
         return figures
     finally:
+        footprint.end.set()
         daemon.stop()
         broker.process.kill()
         broker.process.wait()

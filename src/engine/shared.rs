@@ -4,6 +4,7 @@
 //! workers with one thread each, because threads of one inference wait for each other. Both run the same operators on the same model and give
 //! the same bytes. Where a worker's own engine cannot be loaded, for lack of memory, it waits for the shared one.
 
+use std::cell::OnceCell;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -52,14 +53,8 @@ type Load = Box<dyn Fn() -> Result<Box<dyn Engine>, EngineError> + Send>;
 pub(super) struct Either {
     shared: Arc<Shared>,
     load_own: Load,
-    own: Own,
-}
-
-enum Own {
-    NotNeededYet,
-    Loaded(Box<dyn Engine>),
-    /// It has been said.
-    CannotBeLoaded,
+    /// `None` in it: it cannot be loaded, which has been said.
+    own: OnceCell<Option<Box<dyn Engine>>>,
 }
 
 impl Either {
@@ -67,26 +62,19 @@ impl Either {
         Self {
             shared,
             load_own,
-            own: Own::NotNeededYet,
+            own: OnceCell::new(),
         }
     }
 
     fn own(&mut self) -> Option<&mut Box<dyn Engine>> {
-        if let Own::NotNeededYet = self.own {
-            self.own = match (self.load_own)() {
-                Ok(engine) => Own::Loaded(engine),
-                Err(error) => {
-                    tracing::warn!(
-                        "no further engine can be loaded, workers wait for one another: {error}; pipeline.workers = 1 needs only one"
-                    );
-                    Own::CannotBeLoaded
-                }
-            };
-        }
-        match &mut self.own {
-            Own::Loaded(engine) => Some(engine),
-            Own::NotNeededYet | Own::CannotBeLoaded => None,
-        }
+        let say = |error: &EngineError| {
+            tracing::warn!(
+                "no further engine can be loaded, workers wait for one another: {error}; pipeline.workers = 1 needs only one"
+            );
+        };
+        self.own
+            .get_or_init(|| (self.load_own)().inspect_err(say).ok());
+        self.own.get_mut()?.as_mut()
     }
 }
 
@@ -196,6 +184,7 @@ mod tests {
         assert!(died.join().is_err());
         assert_eq!(threads(), 1);
     }
+
     #[test]
     fn workers_without_an_engine_of_their_own_wait_for_one_another() {
         let shared = Shared::new(Fake::of(2));
