@@ -45,6 +45,18 @@ impl Picture {
     }
 }
 
+/// Runs `kernel` compiled for AVX2 where the processor has it, else as everything else is compiled; the answer is the same. Only what is inlined into
+/// `kernel` gains: loops, and functions that must be (`#[inline(always)]`). On ARM nothing is to be chosen: 64-bit processors all have NEON, and Debian's
+/// 32-bit architecture does without.
+#[inline(always)]
+pub(crate) fn vectorized<R>(kernel: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(avx2) = fearless_simd::Level::new().as_avx2() {
+        return fearless_simd::Simd::vectorize(avx2, kernel);
+    }
+    kernel()
+}
+
 /// One pixel of full-range BT.601 `YCbCr` (JFIF) to red, green, blue.
 pub(crate) fn ycbcr_to_rgb([y, cb, cr]: [u8; 3]) -> [u8; 3] {
     let (y, cb, cr) = (f32::from(y), f32::from(cb) - 128.0, f32::from(cr) - 128.0);

@@ -11,7 +11,7 @@
 
 use serde::Deserialize;
 
-use super::Picture;
+use super::{Picture, vectorized};
 use crate::tensor::{ElementType, QuantParams};
 
 /// What is done to a level `v` (0 to 255) before quantization. Channels count in the tensor's order.
@@ -174,7 +174,10 @@ impl Quantizer {
         };
         tensor.resize(pixels * self.order.channels() * width, 0);
         match &self.table {
-            Table::Identity => self.fill(picture, tensor, |_, level| [level]),
+            Table::Identity => vectorized(
+                #[inline(always)]
+                || self.fill(picture, tensor, |_, level| [level]),
+            ),
             Table::Bytes(table) => self.fill(picture, tensor, |channel, level| {
                 [table[channel][usize::from(level)]]
             }),
@@ -186,6 +189,7 @@ impl Quantizer {
         }
     }
 
+    #[inline(always)]
     fn fill<const BYTES: usize>(
         &self,
         picture: &Picture,

@@ -16,7 +16,7 @@
 use image::{GrayImage, RgbImage};
 use serde::Deserialize;
 
-use super::Picture;
+use super::{Picture, vectorized};
 use crate::prediction::Roi;
 
 /// Interpolation, in OpenCV's meaning of the names.
@@ -209,7 +209,10 @@ impl Resizer {
                 Kernel::Copy => copy(&source, target),
                 Kernel::Nearest => nearest(&source, target, &self.plan),
                 Kernel::Linear => linear(&source, target, &self.plan, &mut self.rows),
-                Kernel::Cubic => cubic(&source, target, &self.plan, &mut self.floats),
+                Kernel::Cubic => vectorized(
+                    #[inline(always)]
+                    || cubic(&source, target, &self.plan, &mut self.floats),
+                ),
                 Kernel::AreaBlocks(x, y) => area_blocks(&source, target, (x, y), &mut self.rows[0]),
                 Kernel::Area => area(&source, target, &self.plan, &mut self.floats),
             }
@@ -411,6 +414,7 @@ fn cubic_weights(x: f64) -> [f32; 4] {
 }
 
 /// Rounds half to even and clamps to 0..=255: adding 2^23 leaves no bits below one.
+#[inline(always)]
 fn to_level(value: f32) -> u8 {
     (value.clamp(0.0, 255.0) + 8_388_608.0).to_bits() as u8
 }
@@ -439,6 +443,7 @@ fn nearest(source: &Source, mut target: Target, plan: &Plan) {
 ///
 /// The blended row repeats its first pixel on the left and its last on the right, so that the four taps of a column
 /// always lie side by side.
+#[inline(always)]
 fn cubic(source: &Source, mut target: Target, plan: &Plan, buffer: &mut Vec<f32>) {
     let channels = source.channels;
     let length = source.width * channels;
@@ -477,6 +482,7 @@ const PAD_LEFT: usize = 2;
 const PAD_RIGHT: usize = 2;
 
 /// `WINDOW` is four pixels of `CHANNELS`.
+#[inline(always)]
 fn cubic_columns<const CHANNELS: usize, const WINDOW: usize>(
     blended: &[f32],
     sums: &mut [f32],
@@ -609,6 +615,7 @@ fn area(source: &Source, mut target: Target, plan: &Plan, buffers: &mut Vec<f32>
     write_levels(target.row(current), sums);
 }
 
+#[inline(always)]
 fn write_levels(row: &mut [u8], sums: &[f32]) {
     for (level, &sum) in row.iter_mut().zip(sums) {
         *level = to_level(sum);

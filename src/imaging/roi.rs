@@ -20,7 +20,7 @@
 //! bit a pixel from the threshold on: morphology is a few word operations for 64 pixels, components are joined run by run,
 //! and only components whose bounding box `(w - 1)(h - 1)` could hold the largest polygon are traced.
 
-use super::Picture;
+use super::{Picture, vectorized};
 use crate::prediction::{RejectCode, RejectReason, Roi};
 
 /// Pictures with a shorter side than this are rejected: there is no anatomy to see in them.
@@ -137,17 +137,25 @@ impl RoiFinder {
         let gray: &[u8] = match picture {
             Picture::Gray(image) => image.as_raw(),
             Picture::Rgb(image) => {
-                app_gray(image.as_raw(), &mut self.gray);
+                vectorized(
+                    #[inline(always)]
+                    || app_gray(image.as_raw(), &mut self.gray),
+                );
                 &self.gray
             }
         };
         self.mask.reset(width, height);
-        threshold_blurred(
-            gray,
-            self.spec.threshold,
-            &mut self.column_sums,
-            &mut self.above,
-            &mut self.mask,
+        vectorized(
+            #[inline(always)]
+            || {
+                threshold_blurred(
+                    gray,
+                    self.spec.threshold,
+                    &mut self.column_sums,
+                    &mut self.above,
+                    &mut self.mask,
+                );
+            },
         );
         let bright = !self.mask.is_empty();
         // More rounds than the longer side change nothing any more.
@@ -226,9 +234,7 @@ impl RoiFinder {
         let (across, down) = ((width / 8).max(1), (height / 8).max(1));
         let mut set = 0;
         for y in (0..down).chain(height - down..height) {
-            for x in (0..across).chain(width - across..width) {
-                set += u32::from(self.mask.get(i64::from(x), i64::from(y)));
-            }
+            set += self.mask.count(y, 0..across) + self.mask.count(y, width - across..width);
         }
         set as f32 / (4 * across * down) as f32
     }
@@ -281,6 +287,7 @@ fn crop(bounds: Roi, margin: i32, width: u32, height: u32) -> Result<Roi, Fallba
 }
 
 /// `cvtColor(imread(file), COLOR_RGB2GRAY)` of interleaved RGB: OpenCV's 15-bit weights with red and blue exchanged.
+#[inline(always)]
 fn app_gray(rgb: &[u8], gray: &mut Vec<u8>) {
     gray.clear();
     gray.extend(rgb.chunks_exact(3).map(|p| {
@@ -307,6 +314,7 @@ fn reflect(index: i64, length: usize) -> usize {
 ///
 /// The blurred level is `(s + 128) >> 8` with `s` the weighted sum, weights adding up to 256; so `level > t` is
 /// `s >= (t + 1) * 256 - 128`, and all sums fit 16 bits (255 * 256 = 65280).
+#[inline(always)]
 fn threshold_blurred(
     gray: &[u8],
     threshold: u8,
@@ -349,6 +357,7 @@ fn threshold_blurred(
 }
 
 /// Packs bytes of 0 or 1 into bits, the first byte into the lowest bit; 64 bytes a word.
+#[inline(always)]
 fn pack(bytes: &[u8], words: &mut [u64]) {
     for (word, block) in words.iter_mut().zip(bytes.chunks_exact(64)) {
         *word = 0;
@@ -392,6 +401,19 @@ impl BitMask {
             return false;
         }
         self.bits[y as usize * self.words + x as usize / 64] >> (x % 64) & 1 == 1
+    }
+
+    /// How many pixels are set in these columns, at least one, of row `y`.
+    fn count(&self, y: u32, columns: std::ops::Range<u32>) -> u32 {
+        let row = self.row(y as usize);
+        let word = |i: u32| {
+            let from_here = u64::MAX << columns.start.saturating_sub(64 * i);
+            let up_to_here = u64::MAX >> (64 * (i + 1)).saturating_sub(columns.end);
+            (row[i as usize] & from_here & up_to_here).count_ones()
+        };
+        (columns.start / 64..=(columns.end - 1) / 64)
+            .map(word)
+            .sum()
     }
 
     fn is_empty(&self) -> bool {
@@ -784,6 +806,16 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn pixels_are_counted_by_the_word((width, height, set) in masks(), (from, columns) in (0..150u32, 1..150u32)) {
+            let mask = mask_of(width, height, &set);
+            let columns = from % width..(from % width + columns).min(width);
+            for y in 0..height {
+                let one_by_one = columns.clone().filter(|&x| mask.get(x.into(), y.into())).count();
+                prop_assert_eq!(mask.count(y, columns.clone()) as usize, one_by_one);
+            }
+        }
+
         #[test]
         fn erosion_and_dilation_are_minimum_and_maximum((width, height, set) in masks()) {
             let mask = mask_of(width, height, &set);
