@@ -225,7 +225,12 @@ impl Classifier {
         let (count, mut recipe) = (self.worker_count(config), self.recipe.clone());
         let mut makes: Vec<Make> = Vec::with_capacity(count);
         if count > 1 && config.model.inference_threads() > 1 {
-            recipe.shared = Some(Shared::new(self.engine));
+            let (bundle, model) = (recipe.bundle.clone(), config.model.clone());
+            let load = move || {
+                let runtime = runtime(model.engine).expect("the first engine was loaded with it");
+                engine::load(runtime, &bundle.model, model.inference_threads())
+            };
+            recipe.shared = Some(Shared::new(self.engine, load));
         } else {
             makes.push(Box::new(|| Ok(self)));
         }
@@ -344,6 +349,11 @@ impl Classifier {
     /// others share an engine with this one.
     pub fn at_work(&self) -> Option<AtWork> {
         self.recipe.shared.as_ref().map(Shared::begin)
+    }
+
+    /// To be called when there has been nothing to do for a while: gives memory back that only several files at a time need. Whether it could.
+    pub fn settle(&mut self) -> bool {
+        self.engine.settle()
     }
 
     /// The runtime behind this.

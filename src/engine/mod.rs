@@ -99,6 +99,10 @@ pub trait Engine: Send {
     /// Runs the model on the single input; `input` has exactly `inputs()[0].bytes()` bytes, and afterwards
     /// `outputs[i]` has exactly `outputs()[i].bytes()` bytes (the vectors are reused, not reallocated).
     fn run(&mut self, input: &[u8], outputs: &mut Vec<Vec<u8>>) -> Result<(), EngineError>;
+    /// There has been nothing to run for a while: lets go of what only many pictures at a time need. Whether it could; else it is worth another try.
+    fn settle(&mut self) -> bool {
+        true
+    }
 }
 
 /// Why a model did not load or run.
@@ -192,8 +196,7 @@ pub fn load(
     Ok(Box::new(Helped { engine, helpers }))
 }
 
-/// The `shared` engine of that model for when no other worker is at work, and one with one thread for when others are, loaded when it is needed
-/// for the first time.
+/// The `shared` engine of that model for when no other worker is at work, and one with one thread for when others are, loaded when it is needed.
 pub fn load_beside(runtime: Runtime, model: &ModelBytes, shared: Arc<Shared>) -> Box<dyn Engine> {
     let model = model.clone();
     let load_own = Box::new(move || load(runtime, &model, 1));

@@ -1,8 +1,9 @@
-//! One engine with several threads for all workers, and an engine of one thread for each as soon as there are several files at a time.
+//! One engine with several threads for all workers, or an engine of one thread for each while there are several files at a time.
 //!
 //! A picture that is alone has its answer sooner from several threads; many pictures are done sooner, and with less processor time, by as many
 //! workers with one thread each, because threads of one inference wait for each other. Both run the same operators on the same model and give
-//! the same bytes. Where a worker's own engine cannot be loaded, for lack of memory, it waits for the shared one.
+//! the same bytes. An engine is 7 MB, so those that are not used are not kept: the shared one goes when a worker needs its own, and comes back in the
+//! place of theirs when there has been nothing to do for a while. Where a worker's own engine cannot be loaded it waits for the shared one.
 
 use std::cell::OnceCell;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,9 +11,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Engine, EngineError, EngineInfo, TensorSpec};
 
+type Load = Box<dyn Fn() -> Result<Box<dyn Engine>, EngineError> + Send + Sync>;
+
 /// An engine that workers share, and how many of them are at work.
 pub struct Shared {
-    engine: Mutex<Box<dyn Engine>>,
+    /// `None` while workers have their own.
+    engine: Mutex<Option<Box<dyn Engine>>>,
+    load: Load,
     info: EngineInfo,
     inputs: Vec<TensorSpec>,
     outputs: Vec<TensorSpec>,
@@ -29,13 +34,17 @@ impl Drop for AtWork {
 }
 
 impl Shared {
-    /// `engine` for all.
-    pub fn new(engine: Box<dyn Engine>) -> Arc<Self> {
+    /// `engine` for all; `load` makes another one like it.
+    pub fn new(
+        engine: Box<dyn Engine>,
+        load: impl Fn() -> Result<Box<dyn Engine>, EngineError> + Send + Sync + 'static,
+    ) -> Arc<Self> {
         Arc::new(Self {
             info: engine.info().clone(),
             inputs: engine.inputs().to_vec(),
             outputs: engine.outputs().to_vec(),
-            engine: Mutex::new(engine),
+            engine: Mutex::new(Some(engine)),
+            load: Box::new(load),
             at_work: AtomicUsize::new(0),
         })
     }
@@ -46,8 +55,6 @@ impl Shared {
         AtWork(self.clone())
     }
 }
-
-type Load = Box<dyn Fn() -> Result<Box<dyn Engine>, EngineError> + Send>;
 
 /// The shared engine for when no other worker is at work, and a worker's own for when others are.
 pub(super) struct Either {
@@ -66,14 +73,20 @@ impl Either {
         }
     }
 
+    /// Loads this worker's own engine if it has none, after the shared one has made room for it.
     fn own(&mut self) -> Option<&mut Box<dyn Engine>> {
         let say = |error: &EngineError| {
             tracing::warn!(
                 "no further engine can be loaded, workers wait for one another: {error}; pipeline.workers = 1 needs only one"
             );
         };
-        self.own
-            .get_or_init(|| (self.load_own)().inspect_err(say).ok());
+        self.own.get_or_init(|| {
+            // Not where another worker is in it, hangs in it or has died in it.
+            if let Ok(mut shared) = self.shared.engine.try_lock() {
+                *shared = None;
+            }
+            (self.load_own)().inspect_err(say).ok()
+        });
         self.own.get_mut()?.as_mut()
     }
 }
@@ -94,17 +107,42 @@ impl Engine for Either {
     fn run(&mut self, input: &[u8], outputs: &mut Vec<Vec<u8>>) -> Result<(), EngineError> {
         // Not waited for while there is another: a worker that hangs in it, or died in it, keeps it.
         if self.shared.at_work.load(Ordering::Relaxed) <= 1
-            && let Ok(mut engine) = self.shared.engine.try_lock()
+            && let Ok(mut shared) = self.shared.engine.try_lock()
+            && let Some(engine) = shared.as_mut()
         {
             return engine.run(input, outputs);
         }
         if let Some(own) = self.own() {
             return own.run(input, outputs);
         }
-        let engine = self.shared.engine.lock();
-        engine
-            .unwrap_or_else(PoisonError::into_inner)
-            .run(input, outputs)
+        let shared = self.shared.engine.lock();
+        let mut shared = shared.unwrap_or_else(PoisonError::into_inner);
+        let engine = match &mut *shared {
+            Some(engine) => engine,
+            none => none.insert((self.shared.load)()?),
+        };
+        engine.run(input, outputs)
+    }
+
+    fn settle(&mut self) -> bool {
+        if self.own.get().is_none() {
+            return true;
+        }
+        if self.shared.at_work.load(Ordering::Relaxed) > 0 {
+            return false;
+        }
+        self.own.take();
+        if let Ok(mut shared) = self.shared.engine.try_lock()
+            && shared.is_none()
+        {
+            match (self.shared.load)() {
+                Ok(engine) => *shared = Some(engine),
+                Err(error) => tracing::warn!(
+                    "the engine for pictures that come alone cannot be loaded: {error}; they wait longer"
+                ),
+            }
+        }
+        true
     }
 }
 
@@ -147,47 +185,69 @@ mod tests {
 
     #[test]
     fn whoever_is_alone_has_the_shared_engine_and_nobody_waits_for_it() {
-        let shared = Shared::new(Fake::of(2));
-        let loads = Arc::new(AtomicUsize::new(0));
-        let counted = loads.clone();
-        let load_own = move || {
-            counted.fetch_add(1, Ordering::Relaxed);
-            Ok(Fake::of(1))
+        let (loads, returns) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let counting = |count: &Arc<AtomicUsize>, threads| {
+            let count = count.clone();
+            move || {
+                count.fetch_add(1, Ordering::Relaxed);
+                Ok(Fake::of(threads))
+            }
         };
+        let shared = Shared::new(Fake::of(2), counting(&returns, 2));
+        let load_own = counting(&loads, 1);
         let mut engine = Either::new(shared.clone(), Box::new(load_own));
         assert_eq!(engine.info().threads, 2);
-        let mut threads = || {
+        let threads = |engine: &mut Either| {
             let mut outputs = Vec::new();
             engine.run(&[], &mut outputs).unwrap();
             outputs[0][0]
         };
-        assert_eq!(threads(), 2, "nobody counted, as for a single file");
+        let count = |of: &Arc<AtomicUsize>| of.load(Ordering::Relaxed);
+        let there = || shared.engine.try_lock().unwrap().is_some();
+        assert_eq!(
+            threads(&mut engine),
+            2,
+            "nobody counted, as for a single file"
+        );
         let first = shared.begin();
-        assert_eq!(threads(), 2);
-        assert_eq!(loads.load(Ordering::Relaxed), 0, "not needed yet");
+        assert_eq!(threads(&mut engine), 2);
+        assert!(engine.settle(), "there is nothing to let go of");
+        assert_eq!((count(&loads), there()), (0, true), "not needed yet");
         let second = shared.begin();
-        assert_eq!((threads(), threads()), (1, 1));
-        assert_eq!(loads.load(Ordering::Relaxed), 1);
+        assert_eq!((threads(&mut engine), threads(&mut engine)), (1, 1));
+        assert_eq!(
+            (count(&loads), there()),
+            (1, false),
+            "one in the place of the other"
+        );
         drop(first);
-        assert_eq!(threads(), 2);
+        assert_eq!(threads(&mut engine), 1);
+        assert!(!engine.settle(), "another is at work");
+        assert_eq!((there(), threads(&mut engine)), (false, 1));
         drop(second);
+        assert!(engine.settle());
+        assert_eq!((count(&returns), there()), (1, true));
+        assert_eq!(threads(&mut engine), 2);
 
         let hung = shared.engine.lock().unwrap();
-        assert_eq!(threads(), 1);
+        assert_eq!(threads(&mut engine), 1);
         drop(hung);
-        assert_eq!(threads(), 2);
+        assert!(there(), "not taken from whoever is in it");
+        assert_eq!(threads(&mut engine), 2);
+        assert!(engine.settle());
+        assert_eq!((count(&loads), count(&returns)), (2, 1));
         let dies = shared.clone();
         let died = std::thread::spawn(move || {
             let _engine = dies.engine.lock().unwrap();
             panic!("as a worker would");
         });
         assert!(died.join().is_err());
-        assert_eq!(threads(), 1);
+        assert_eq!(threads(&mut engine), 1);
     }
 
     #[test]
     fn workers_without_an_engine_of_their_own_wait_for_one_another() {
-        let shared = Shared::new(Fake::of(2));
+        let shared = Shared::new(Fake::of(2), || Ok(Fake::of(3)));
         let load_own = || Err(EngineError::Load("no memory".to_owned()));
         let mut engine = Either::new(shared.clone(), Box::new(load_own));
         let _at_work = (shared.begin(), shared.begin());
@@ -203,5 +263,10 @@ mod tests {
         engine.run(&[], &mut outputs).unwrap();
         assert_eq!(outputs, [[2]]);
         other.join().unwrap();
+
+        let load_own = || Err(EngineError::Load("no memory".to_owned()));
+        let mut engine = Either::new(shared.clone(), Box::new(load_own));
+        engine.run(&[], &mut outputs).unwrap();
+        assert_eq!(outputs, [[3]], "it went for one that did not load");
     }
 }

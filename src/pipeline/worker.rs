@@ -3,7 +3,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc as std_mpsc;
+use std::sync::mpsc::{self as std_mpsc, RecvTimeoutError};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -35,6 +35,9 @@ const RETRY: Duration = Duration::from_millis(500);
 
 /// A worker counts as at work until it has had nothing to do for this long: in a burst it waits only for its next file to be handed over.
 const BETWEEN: Duration = Duration::from_millis(3);
+
+/// A worker without work for this long lets go of what only a burst needs.
+const QUIET: Duration = Duration::from_secs(5);
 
 /// What all workers share.
 #[derive(Clone)]
@@ -102,7 +105,7 @@ pub fn start(
             stopwatch: its_own,
         };
         let mut at_work = None;
-        while let Some(candidate) = next(&candidates, &mut at_work) {
+        while let Some(candidate) = next(&candidates, &mut at_work, &mut worker.classifier) {
             at_work = at_work.or_else(|| worker.classifier.at_work());
             worker.stopwatch.stop();
             let path = candidate.path.clone();
@@ -128,6 +131,7 @@ pub fn start(
 fn next(
     candidates: &std_mpsc::Receiver<Candidate>,
     at_work: &mut Option<AtWork>,
+    classifier: &mut Classifier,
 ) -> Option<Candidate> {
     if at_work.is_some()
         && let Ok(candidate) = candidates.recv_timeout(BETWEEN)
@@ -135,6 +139,14 @@ fn next(
         return Some(candidate);
     }
     *at_work = None;
+    loop {
+        match candidates.recv_timeout(QUIET) {
+            Ok(candidate) => return Some(candidate),
+            Err(RecvTimeoutError::Disconnected) => return None,
+            Err(RecvTimeoutError::Timeout) if classifier.settle() => break,
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+    }
     candidates.recv().ok()
 }
 
@@ -190,7 +202,7 @@ impl Worker {
                 );
                 let (mut examined, group) = self.rejected(scan_id, reason, &candidate.path, stamp);
                 examined.attempt = deaths + 1;
-                return self.record(examined, group);
+                return self.record(Arc::new(examined), group);
             }
             Err(error) => {
                 self.blocked(&error);
@@ -217,8 +229,12 @@ impl Worker {
             };
         }
         failpoint::hit("inferred", stamp.size);
-        log(&examined, start.elapsed());
-        self.record(examined, group)
+        let took = start.elapsed();
+        let examined = Arc::new(examined);
+        let disposition = self.record(examined.clone(), group);
+        // Not before: whoever reads the log would have the processor first.
+        log(&examined, took);
+        disposition
     }
 
     /// By content; a file whose content cannot be had is identified by its place and stamp instead.
@@ -344,8 +360,7 @@ impl Worker {
     }
 
     /// Records the outcome and wakes the publisher.
-    fn record(&self, examined: Examined, group: StudyGroup) -> Disposition {
-        let examined = Arc::new(examined);
+    fn record(&self, examined: Arc<Examined>, group: StudyGroup) -> Disposition {
         let alert = &self.context.config.alert;
         let (rule, quiet_s) = (alert.rule(), alert.quiet_s as i64);
         let recorded = self.write(|| {

@@ -345,9 +345,12 @@ fn alone_or_beside_others_the_answer_is_the_same() {
     for bundle in shipped_bundles() {
         let model = ModelBytes::copy_of(&fs::read(bundle.join("model.tflite")).unwrap());
         for &runtime in RUNTIMES {
-            let shared = Shared::new(engine::load(runtime, &model, 2).unwrap());
+            let its_model = model.clone();
+            let load = move || engine::load(runtime, &its_model, 2);
+            let shared = Shared::new(load().unwrap(), load);
             let mut engine = engine::load_beside(runtime, &model, shared.clone());
             for input in model_inputs(engine.inputs()[0].bytes()) {
+                assert!(engine.settle());
                 let _one = shared.begin();
                 let alone = run(&mut *engine, &input);
                 let _another = shared.begin();
