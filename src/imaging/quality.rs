@@ -223,13 +223,22 @@ pub fn measure(picture: &Picture, finder: &RoiFinder, contour: &BrainContour) ->
     let hull = hull_area(finder.contour());
     let roi = contour.roi;
     let gray = finder.gray(picture);
-    let mut histogram = [0u32; 256];
+    // Four, taken in turn: neighbours are often alike, and an addition to one counter waits for the one before.
+    let mut counters = [[0u32; 256]; 4];
     for y in (roi.y..roi.y + roi.height).step_by((roi.height / ROWS).max(1) as usize) {
         let start = y as usize * width as usize + roi.x as usize;
-        for &level in &gray[start..start + roi.width as usize] {
-            histogram[usize::from(level)] += 1;
+        let (fours, rest) = gray[start..start + roi.width as usize].as_chunks::<4>();
+        for four in fours {
+            for (counter, &level) in counters.iter_mut().zip(four) {
+                counter[usize::from(level)] += 1;
+            }
+        }
+        for &level in rest {
+            counters[0][usize::from(level)] += 1;
         }
     }
+    let histogram: [u32; 256] =
+        std::array::from_fn(|level| counters.iter().map(|counter| counter[level]).sum());
     let counted: u32 = histogram.iter().sum();
     Quality {
         brain_share: (contour.area / (f64::from(width) * f64::from(height))) as f32,
