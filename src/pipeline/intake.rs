@@ -702,7 +702,10 @@ impl Intake {
 
     /// Walks when another process has queued scans again.
     async fn check_ledger(&mut self) {
-        let written = self.store.call(Ledger::written_elsewhere).await;
+        let written = self
+            .store
+            .call_that(Survives::Process, Ledger::written_elsewhere)
+            .await;
         // A ledger that cannot be asked is noticed where it matters; the next walk finds what was queued in any case.
         self.walks.full_due |= written.unwrap_or(false);
     }

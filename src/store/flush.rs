@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 
 use super::{Reply, StoreError, Survives};
 
-/// Flushes that follow one another are this far apart, so that one serves several commits when there are many. The first one does not wait.
+/// Flushes that follow one another are this far apart, so that one serves several commits when there are many. The first one does not wait, nor does
+/// a second one: what is looked at every second begins one too, and the outcome of a lone picture would wait for it.
 pub const FLUSHES_APART: Duration = Duration::from_millis(10);
 
 /// Transactions that may wait for a flush. With more the disk does not keep up, and the thread that writes waits for it.
@@ -108,24 +109,24 @@ impl Flusher {
 }
 
 fn run(queue: &Receiver<Flush>, mut sync: impl FnMut() -> std::io::Result<()>, state: &State) {
-    let mut last: Option<Instant> = None;
+    // When the next one need not wait, were there no second one to be had.
+    let mut due_at = Instant::now();
     while let Ok(first) = queue.recv() {
         let on_the_disk = |mark| mark <= state.flushed.load(Ordering::Relaxed);
-        if !on_the_disk(first.mark)
-            && let Some(wait) = last.and_then(|last| FLUSHES_APART.checked_sub(last.elapsed()))
-        {
+        if !on_the_disk(first.mark) {
             #[allow(
                 clippy::disallowed_methods,
                 reason = "a thread of its own that can do nothing else"
             )]
-            std::thread::sleep(wait);
+            std::thread::sleep(due_at.saturating_duration_since(Instant::now() + FLUSHES_APART));
         }
         let due: Vec<_> = std::iter::once(first).chain(queue.try_iter()).collect();
         let mark = due.iter().map(|flush| flush.mark).max().unwrap_or(0);
         let mut done = Ok(());
         if !on_the_disk(mark) {
+            let start = Instant::now();
             let synced = sync();
-            last = Some(Instant::now());
+            due_at = due_at.max(start) + start.elapsed() + FLUSHES_APART;
             match synced {
                 Ok(()) => state.flushed.store(mark, Ordering::Relaxed),
                 Err(error) => {
