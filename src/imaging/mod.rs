@@ -4,6 +4,11 @@
 //! The routine is that of the Flask application ScanSentry descends from (OpenCV's `imread`, `crop_imgs`,
 //! `preprocess_imgs`), and its answers have to match it.
 
+#![allow(
+    clippy::inline_always,
+    reason = "what `vectorized` compiles anew has to be inlined into it"
+)]
+
 pub mod decode;
 pub mod dicom;
 pub mod explain;

@@ -202,7 +202,7 @@ impl Worker {
                 );
                 let (mut examined, group) = self.rejected(scan_id, reason, &candidate.path, stamp);
                 examined.attempt = deaths + 1;
-                return self.record(Arc::new(examined), group);
+                return self.record(&Arc::new(examined), group);
             }
             Err(error) => {
                 self.blocked(&error);
@@ -231,7 +231,7 @@ impl Worker {
         failpoint::hit("inferred", stamp.size);
         let took = start.elapsed();
         let examined = Arc::new(examined);
-        let disposition = self.record(examined.clone(), group);
+        let disposition = self.record(&examined, group);
         // Not before: whoever reads the log would have the processor first.
         log(&examined, took);
         disposition
@@ -360,7 +360,7 @@ impl Worker {
     }
 
     /// Records the outcome and wakes the publisher.
-    fn record(&self, examined: Arc<Examined>, group: StudyGroup) -> Disposition {
+    fn record(&self, examined: &Arc<Examined>, group: StudyGroup) -> Disposition {
         let alert = &self.context.config.alert;
         let (rule, quiet_s) = (alert.rule(), alert.quiet_s as i64);
         let recorded = self.write(|| {
@@ -381,10 +381,10 @@ impl Worker {
         failpoint::hit("recorded", 0);
         if let Some(Recorded { study_id, revision }) = recorded {
             let context = &self.context;
-            context.metrics.count(&examined);
+            context.metrics.count(examined);
             if let Some(previews) = &context.previews {
                 let connected = !context.health.holds(Condition::BrokerAway);
-                previews.offer(&context.reporter, &examined, study_id, revision, connected);
+                previews.offer(&context.reporter, examined, study_id, revision, connected);
             }
             // After the previews: they are sent behind the results that this is about.
             context.outbox.notify_one();
