@@ -1,8 +1,8 @@
 //! `bench`: what this board can do: the time of each stage, pictures a second, and the bound that decoding and inference set.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -337,15 +337,14 @@ fn at_once(
     time: Duration,
 ) -> f64 {
     let limits = decode_limits(config);
-    let begin = Barrier::new(classifiers.len());
-    std::thread::scope(|scope| {
+    let at_work: Vec<_> = classifiers.iter().map(Classifier::at_work).collect();
+    for classifier in &mut *classifiers {
+        // Beside others it runs on an engine of its own, which takes time to load.
+        let _ = classifier.classify_file(&images[0], &limits);
+    }
+    let start = Instant::now();
+    let done: usize = std::thread::scope(|scope| {
         let run = |classifier: &mut Classifier| {
-            let _at_work = classifier.at_work();
-            begin.wait();
-            // Each has an engine of its own from here on, which takes time to load.
-            let _ = classifier.classify_file(&images[0], &limits);
-            begin.wait();
-            let start = Instant::now();
             let mut done = 0;
             while start.elapsed() < time {
                 for bytes in images {
@@ -353,14 +352,17 @@ fn at_once(
                     done += 1;
                 }
             }
-            f64::from(done) / start.elapsed().as_secs_f64()
+            done
         };
         let threads: Vec<_> = classifiers
             .iter_mut()
             .map(|classifier| scope.spawn(move || run(classifier)))
             .collect();
         threads.into_iter().filter_map(|t| t.join().ok()).sum()
-    })
+    });
+    let took = start.elapsed();
+    drop(at_work);
+    done as f64 / took.as_secs_f64()
 }
 
 /// The daemon's own workers: files in a folder to committed outcomes. Files a second.

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rustix::thread::{CpuSet, Pid};
 use rustix::thread::{gettid, name, sched_getaffinity, sched_getcpu, sched_setaffinity, set_name};
 
+use super::heap::GivenBack;
 use super::{Engine, EngineError, EngineInfo, TensorSpec};
 
 /// The threads that a runtime made while it loaded a model.
@@ -99,6 +100,7 @@ fn named(name: &str) -> Vec<Pid> {
 pub(super) struct Helped {
     pub(super) engine: Box<dyn Engine>,
     pub(super) helpers: Helpers,
+    pub(super) _memory: GivenBack,
 }
 
 impl Engine for Helped {

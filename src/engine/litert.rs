@@ -8,7 +8,7 @@
 //!
 //! Not thread-safe by itself: one [`LiteRt`] belongs to one thread at a time, which `&mut self` and `Send` without `Sync` say.
 
-// The one place with unsafe code in the crate: calls into libLiteRt.so.
+// Calls into libLiteRt.so.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
@@ -84,7 +84,6 @@ pub(super) fn load(
         _model: model,
         _environment: stderr::DropQuietly::new(environment),
         _bytes: bytes.clone(),
-        _memory: GivenBack,
         signature_order,
         input_specs: [input_spec],
         output_specs,
@@ -121,28 +120,11 @@ pub(super) struct LiteRt {
     _model: Owned<sys::LiteRtModelT>,
     _environment: stderr::DropQuietly<Owned<sys::LiteRtEnvironmentT>>,
     _bytes: ModelBytes,
-    _memory: GivenBack,
     /// `outputs[signature_order[i]]` is the i-th output of the signature, which is the order that running wants.
     signature_order: Vec<usize>,
     input_specs: [TensorSpec; 1],
     output_specs: Vec<TensorSpec>,
     info: EngineInfo,
-}
-
-/// Dropped after the engine: its memory goes back to the system. It lies among other blocks, where glibc would keep it.
-struct GivenBack;
-
-impl Drop for GivenBack {
-    fn drop(&mut self) {
-        #[cfg(target_env = "gnu")]
-        {
-            unsafe extern "C" {
-                fn malloc_trim(keep: usize) -> c_int;
-            }
-            // SAFETY: a function of glibc that takes any number, and that any thread may call.
-            unsafe { malloc_trim(0) };
-        }
-    }
 }
 
 // SAFETY: LiteRT ties none of these objects to the thread that made them; its thread pool is its own. All access goes

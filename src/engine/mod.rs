@@ -4,6 +4,7 @@
 //! Which runtimes a build has is decided by its features and its target: see `build.rs`, which sets `cfg(litert)` and
 //! `cfg(tflite)`.
 
+mod heap;
 mod helpers;
 #[cfg(litert)]
 mod litert;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
+use heap::GivenBack;
 use helpers::{Helped, Helpers};
 use shared::Either;
 
@@ -193,7 +195,11 @@ pub fn load(
     };
     let (engine, helpers) = Helpers::of(|| stderr::explained(load));
     let engine = engine?;
-    Ok(Box::new(Helped { engine, helpers }))
+    Ok(Box::new(Helped {
+        engine,
+        helpers,
+        _memory: GivenBack,
+    }))
 }
 
 /// The `shared` engine of that model for when no other worker is at work, and one with one thread for when others are, loaded when it is needed.

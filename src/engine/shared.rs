@@ -2,7 +2,7 @@
 //!
 //! A picture that is alone has its answer sooner from several threads; many pictures are done sooner, and with less processor time, by as many
 //! workers with one thread each, because threads of one inference wait for each other. Both run the same operators on the same model and give
-//! the same bytes. An engine is 7 MB, so those that are not used are not kept: the shared one goes when a worker needs its own, and comes back in the
+//! the same bytes. An engine is some megabytes, so those that are not used are not kept: the shared one goes when a worker needs its own, and comes back in the
 //! place of theirs when there has been nothing to do for a while. Where a worker's own engine cannot be loaded it waits for the shared one.
 
 use std::cell::OnceCell;
@@ -47,6 +47,17 @@ impl Shared {
             load: Box::new(load),
             at_work: AtomicUsize::new(0),
         })
+    }
+
+    /// The engine in `place`, loaded if there is none.
+    fn loaded<'a>(
+        &self,
+        place: &'a mut Option<Box<dyn Engine>>,
+    ) -> Result<&'a mut Box<dyn Engine>, EngineError> {
+        match place {
+            Some(engine) => Ok(engine),
+            none => Ok(none.insert((self.load)()?)),
+        }
     }
 
     /// Counts a worker as at work.
@@ -117,11 +128,7 @@ impl Engine for Either {
         }
         let shared = self.shared.engine.lock();
         let mut shared = shared.unwrap_or_else(PoisonError::into_inner);
-        let engine = match &mut *shared {
-            Some(engine) => engine,
-            none => none.insert((self.shared.load)()?),
-        };
-        engine.run(input, outputs)
+        self.shared.loaded(&mut shared)?.run(input, outputs)
     }
 
     fn settle(&mut self) -> bool {
@@ -133,14 +140,11 @@ impl Engine for Either {
         }
         self.own.take();
         if let Ok(mut shared) = self.shared.engine.try_lock()
-            && shared.is_none()
+            && let Err(error) = self.shared.loaded(&mut shared)
         {
-            match (self.shared.load)() {
-                Ok(engine) => *shared = Some(engine),
-                Err(error) => tracing::warn!(
-                    "the engine for pictures that come alone cannot be loaded: {error}; they wait longer"
-                ),
-            }
+            tracing::warn!(
+                "the engine for pictures that come alone cannot be loaded: {error}; they wait longer"
+            );
         }
         true
     }

@@ -127,7 +127,7 @@ pub fn start(
     })
 }
 
-/// Waits for the next file; whoever waits longer than [`BETWEEN`] is not at work.
+/// Waits for the next file; whoever waits longer than [`BETWEEN`] is not at work, and after [`QUIET`] keeps only what a lone file needs.
 fn next(
     candidates: &std_mpsc::Receiver<Candidate>,
     at_work: &mut Option<AtWork>,

@@ -324,8 +324,7 @@ impl Ledger {
         conn.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
         // FULL for what is done here; from then on the flusher puts commits on the disk.
         // Small pages, because a commit writes whole ones and SD cards wear: about 31 kB an image instead of 82 with pages of 4096 bytes. A new
-        // database only; and a checkpoint every 4 MB, as with the larger pages. What is not in
-        // half a megabyte of them is in the system's own cache.
+        // database only; and a checkpoint every 4 MB, as with the larger pages. What is not in half a megabyte of them is in the system's own cache.
         conn.execute_batch(
             "PRAGMA page_size = 1024; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA temp_store = MEMORY;
              PRAGMA wal_autocheckpoint = 4000; PRAGMA cache_size = -512;",
