@@ -12,7 +12,6 @@ use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{Targets, filter_fn};
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
 use tracing_subscriber::layer::{Context, SubscriberExt as _};
-use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::config::{Log, LogFormat};
 use crate::health;
@@ -43,12 +42,13 @@ pub fn init(log: &Log) {
             .compact()
             .boxed(),
     };
-    let _ = tracing_subscriber::registry()
+    let subscriber = tracing_subscriber::registry()
         .with(layer.with_filter(filter).with_filter(filter_fn(ours)))
         .with(KeepLatest.with_filter(filter_fn(|metadata| {
             ours(metadata) && *metadata.level() <= Level::WARN
-        })))
-        .try_init();
+        })));
+    // Not its `try_init`, which would also take what libraries log with the `log` crate, only to have it thrown away here.
+    let _ = tracing::subscriber::set_global_default(subscriber);
 }
 
 /// Standard error by a descriptor of its own: while a runtime loads or ends, descriptor 2 is another file, where lines of other threads would mix

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use super::{Failure, Global, block_on, say};
+use super::{Failure, Global, block_on_two, say};
 use crate::config::Config;
 use crate::dashboard::Dashboard;
 use crate::metrics::DashboardMetrics;
@@ -32,7 +32,7 @@ pub(super) fn dashboard(global: &Global) -> Result<(), Failure> {
     };
     // What this process writes holds the results of many appliances.
     rustix::process::umask(rustix::fs::Mode::from_bits_truncate(0o077));
-    block_on(async {
+    block_on_two(async {
         let stop = CancellationToken::new();
         let listen = |kind| {
             signal(kind).map_err(|e| Failure::Runtime(format!("signals: {e}; cannot listen")))

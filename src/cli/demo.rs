@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::Args;
 use serde_json::Value;
 
-use super::{Failure, block_on, say};
+use super::{Failure, block_on_two, say};
 use crate::broker::EmbeddedBroker;
 use crate::config::{Config, LogFormat};
 use crate::daemon::{self, Control};
@@ -114,7 +114,7 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
                 .spawn();
         }
     };
-    block_on(async {
+    block_on_two(async {
         let control = Control::default();
         let mut running = tokio::spawn(daemon::run(prepared, control.clone(), || {}, page));
         let mut session = Session::open(&listener);

@@ -22,6 +22,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, CommandFactory as _, Parser, Subcommand};
+use tokio::runtime::Builder;
 
 use crate::config::{self, Config};
 use crate::store::StoreError;
@@ -189,11 +190,23 @@ impl Global {
     }
 }
 
-/// Runs `future` on a runtime with few threads, because the work is in the workers. What still hangs at the end, such as a look at
-/// a share that does not answer, is left behind.
+/// Runs `future` and all that it begins in this one thread: where the work is done by threads of its own, nothing is handed from one that waits to
+/// another.
 fn block_on<T>(future: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+    run_on(&mut Builder::new_current_thread(), future)
+}
+
+/// As [`block_on`], with two threads, for what has many to answer.
+fn block_on_two<T>(future: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    run_on(Builder::new_multi_thread().worker_threads(2), future)
+}
+
+/// What still hangs at the end, such as a look at a share that does not answer, is left behind.
+fn run_on<T>(
+    runtime: &mut Builder,
+    future: impl Future<Output = Result<T, Failure>>,
+) -> Result<T, Failure> {
+    let runtime = runtime
         .max_blocking_threads(8)
         .enable_all()
         .build()
