@@ -4,16 +4,21 @@
 //! The database itself (`synchronous = NORMAL`) writes a commit to the log and leaves the disk to the system. A call whose effect must survive a
 //! power cut is answered here, after `fdatasync` of the log: of whatever was committed before it, so nobody acts on what a power cut could
 //! still undo.
+//!
+//! The log has its full length from the start ([`reserve`]). Where a commit makes a file longer, the file system has to put its own records on the
+//! disk too, and wait for them.
 
-use std::fs::File;
-use std::path::Path;
+use std::cell::Cell;
+use std::fs::{File, OpenOptions};
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::{Reply, StoreError, Survives};
+use super::{Reply, StoreError, Survives, free_bytes};
 
 /// Flushes that follow one another are this far apart, so that one serves several commits when there are many. The first one does not wait, nor does
 /// a second one: what is looked at every second begins one too, and the outcome of a lone picture would wait for it.
@@ -22,10 +27,36 @@ pub const FLUSHES_APART: Duration = Duration::from_millis(10);
 /// Transactions that may wait for a flush. With more the disk does not keep up, and the thread that writes waits for it.
 const WAITING: usize = 256;
 
+/// Bytes that a log is given: 4000 pages, after which `SQLite` begins at its start again, and 300 for the transactions that reach beyond; each of
+/// 1024 bytes, with 24 before it (`SQLite`'s file format, 4.2).
+const LOG: u64 = 4300 * (1024 + 24);
+
+/// A log is given nothing where less than this many times as much is free.
+const ROOM: u64 = 16;
+
 /// What has been committed up to `mark` is to be on the disk before `replies` are given.
 struct Flush {
     mark: u64,
     replies: Vec<Reply>,
+}
+
+fn log_of(database: &Path) -> PathBuf {
+    let mut log = database.as_os_str().to_owned();
+    log.push("-wal");
+    log.into()
+}
+
+/// Makes the write-ahead log of the database at `database` as long as it gets, while nobody else may write to it. `SQLite` takes what lies behind its own
+/// records for the rest of an earlier round (zeros have no valid checksum), as it does with a log that it has begun anew. Written, not only
+/// allocated: the file system would record of each block that it is in use now.
+pub(super) fn reserve(database: &Path) -> std::io::Result<()> {
+    let log = OpenOptions::new().write(true).open(log_of(database))?;
+    let length = log.metadata()?.len();
+    if length < LOG && free_bytes(database)? >= ROOM * LOG {
+        (&log).seek(SeekFrom::Start(length))?;
+        std::io::copy(&mut std::io::repeat(0).take(LOG - length), &mut &log)?;
+    }
+    Ok(())
 }
 
 /// A handle to the flusher's thread.
@@ -47,9 +78,7 @@ struct State {
 impl Flusher {
     /// Starts it for the write-ahead log of the open database at `database`, of which everything is on the disk up to `mark`.
     pub(super) fn start(database: &Path, mark: u64) -> std::io::Result<Self> {
-        let mut log = database.as_os_str().to_owned();
-        log.push("-wal");
-        let log = File::open(log)?;
+        let log = File::open(log_of(database))?;
         Self::start_with(mark, move || log.sync_data())
     }
 
@@ -110,7 +139,29 @@ impl Flusher {
 
 fn run(queue: &Receiver<Flush>, mut sync: impl FnMut() -> std::io::Result<()>, state: &State) {
     // When the next one need not wait, were there no second one to be had.
-    let mut due_at = Instant::now();
+    let due_at = Cell::new(Instant::now());
+    let mut flush = |mark| {
+        let start = Instant::now();
+        let synced = sync();
+        due_at.set(due_at.get().max(start) + start.elapsed() + FLUSHES_APART);
+        match synced {
+            Ok(()) => {
+                state.flushed.fetch_max(mark, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(error) => {
+                state.failed.store(true, Ordering::Relaxed);
+                tracing::error!(
+                    "the disk does not take the ledger ({error}); stopping, the next start goes on with what it holds; check the medium"
+                );
+                Err(StoreError::Unwritable(error.to_string()))
+            }
+        }
+    };
+    // Nobody waits for this one: it takes what was reserved.
+    if flush(0).is_err() {
+        return;
+    }
     while let Ok(first) = queue.recv() {
         let on_the_disk = |mark| mark <= state.flushed.load(Ordering::Relaxed);
         if !on_the_disk(first.mark) {
@@ -118,26 +169,19 @@ fn run(queue: &Receiver<Flush>, mut sync: impl FnMut() -> std::io::Result<()>, s
                 clippy::disallowed_methods,
                 reason = "a thread of its own that can do nothing else"
             )]
-            std::thread::sleep(due_at.saturating_duration_since(Instant::now() + FLUSHES_APART));
+            std::thread::sleep(
+                due_at
+                    .get()
+                    .saturating_duration_since(Instant::now() + FLUSHES_APART),
+            );
         }
         let due: Vec<_> = std::iter::once(first).chain(queue.try_iter()).collect();
         let mark = due.iter().map(|flush| flush.mark).max().unwrap_or(0);
-        let mut done = Ok(());
-        if !on_the_disk(mark) {
-            let start = Instant::now();
-            let synced = sync();
-            due_at = due_at.max(start) + start.elapsed() + FLUSHES_APART;
-            match synced {
-                Ok(()) => state.flushed.store(mark, Ordering::Relaxed),
-                Err(error) => {
-                    state.failed.store(true, Ordering::Relaxed);
-                    tracing::error!(
-                        "the disk does not take the ledger ({error}); stopping, the next start goes on with what it holds; check the medium"
-                    );
-                    done = Err(StoreError::Unwritable(error.to_string()));
-                }
-            }
-        }
+        let done = if on_the_disk(mark) {
+            Ok(())
+        } else {
+            flush(mark)
+        };
         let failed = done.is_err();
         for reply in due.into_iter().flat_map(|flush| flush.replies) {
             reply(done.clone());
@@ -163,7 +207,11 @@ mod tests {
             let _ = asks.send(());
             taken.recv().expect("the test is still there")
         };
-        (Flusher::start_with(0, sync).unwrap(), disk, asked)
+        let flusher = Flusher::start_with(0, sync).unwrap();
+        // What was reserved.
+        asked.recv_timeout(SOON).unwrap();
+        disk.send(Ok(())).unwrap();
+        (flusher, disk, asked)
     }
 
     fn ask(

@@ -20,9 +20,9 @@
 //! - Nothing leaves the appliance that a power cut could undo: what the publisher reads is on the disk when it gets it.
 //! - The `file` table is only a shortcut (path and stamp → scan); deleting it costs hashing, never a result.
 //!
-//! One thread owns the database ([`Store`]); every call is a closure over [`Ledger`] that runs there. All calls that wait at
-//! the same time share one transaction, and each gets its answer only after the commit, and after the disk has it where it must survive a power
-//! cut ([`Survives`], `flush`). Another process may read, and may
+//! Every call is a closure over [`Ledger`] that runs by itself: in the thread that calls, if it may block and nobody else is at the ledger, else in
+//! the thread of the store ([`Store`]). All calls that wait for that thread at the same time share one transaction, and each gets its answer only after
+//! the commit, and after the disk has it where it must survive a power cut ([`Survives`], `flush`). Another process may read, and may
 //! mark scans to be classified again ([`Ledger::queue`]) and bring parked messages back ([`Ledger::retry`]): in a transaction of its own,
 //! which the owner notices ([`Ledger::written_elsewhere`]).
 
@@ -33,8 +33,8 @@ mod models;
 mod state_dir;
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::oneshot;
 
@@ -88,7 +88,7 @@ pub enum StoreError {
     /// Anything else that `SQLite` says.
     #[error("ledger: {0}")]
     Other(String),
-    /// The store thread has ended.
+    /// It is closed, or was in the middle of the call.
     #[error("ledger is closed")]
     Closed,
 }
@@ -113,7 +113,7 @@ impl From<rusqlite::Error> for StoreError {
 
 type Reply = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
 
-/// A call on its way to the store thread.
+/// A call on its way to the ledger.
 struct Job {
     run: Box<dyn FnOnce(&mut Ledger) -> Reply + Send>,
     survives: Survives,
@@ -130,12 +130,29 @@ pub enum Survives {
     PowerCut,
 }
 
-/// A handle to the store thread; cheap to clone. The thread ends when the last handle is gone.
+/// A handle to the ledger and its thread; cheap to clone. The thread ends when the last handle is gone.
 #[derive(Clone, Debug)]
 pub struct Store {
     jobs: std::sync::mpsc::SyncSender<Job>,
-    outbox: Arc<AtomicU64>,
-    parked: Arc<AtomicU64>,
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    /// `None` once it is closed.
+    desk: Mutex<Option<Desk>>,
+    /// As of the last commit.
+    outbox: AtomicU64,
+    parked: AtomicU64,
+}
+
+/// What whoever is at the ledger has before him.
+#[derive(Debug)]
+struct Desk {
+    ledger: Ledger,
+    flusher: Flusher,
+    /// Where damage is noted.
+    marker: PathBuf,
 }
 
 /// A store that has been opened.
@@ -162,7 +179,7 @@ impl Store {
         } else {
             Ledger::open(&path)
         };
-        let (ledger, set_aside) = match opened {
+        let (mut ledger, set_aside) = match opened {
             Err(StoreError::Corrupt(_)) => {
                 let aside = set_aside(&path)?;
                 let _ = std::fs::remove_file(&marker);
@@ -171,22 +188,31 @@ impl Store {
             other => (other?, None),
         };
         let suspects = ledger.suspects();
+        ledger.begin()?;
+        // Without it the log grows as it is written: slower, that is all.
+        if let Err(error) = flush::reserve(&path) {
+            tracing::debug!("no room was made for the ledger's log: {error}");
+        }
+        ledger.commit()?;
         let flusher = Flusher::start(&path, ledger.written())
             .map_err(|e| StoreError::Other(format!("cannot start its flusher: {e}")))?;
         let (jobs, queue) = std::sync::mpsc::sync_channel(QUEUE);
-        let outbox = Arc::new(AtomicU64::new(ledger.outbox_len()));
-        let parked = Arc::new(AtomicU64::new(ledger.parked_len()));
-        let shared = (outbox.clone(), parked.clone());
+        let shared = Arc::new(Shared {
+            outbox: AtomicU64::new(ledger.outbox_len()),
+            parked: AtomicU64::new(ledger.parked_len()),
+            desk: Mutex::new(Some(Desk {
+                ledger,
+                flusher,
+                marker,
+            })),
+        });
+        let its_own = shared.clone();
         let thread = std::thread::Builder::new()
             .name("store".into())
-            .spawn(move || serve(ledger, flusher, &queue, &shared, &marker))
+            .spawn(move || its_own.serve(&queue))
             .map_err(|e| StoreError::Other(format!("cannot start its thread: {e}")))?;
         Ok(Opened {
-            store: Self {
-                jobs,
-                outbox,
-                parked,
-            },
+            store: Self { jobs, shared },
             thread,
             set_aside,
             suspects,
@@ -195,15 +221,15 @@ impl Store {
 
     /// Messages that wait for the broker, as of the last commit.
     pub fn outbox_len(&self) -> u64 {
-        self.outbox.load(Ordering::Relaxed)
+        self.shared.outbox.load(Ordering::Relaxed)
     }
 
     /// Parked messages, as of the last commit.
     pub fn parked_len(&self) -> u64 {
-        self.parked.load(Ordering::Relaxed)
+        self.shared.parked.load(Ordering::Relaxed)
     }
 
-    /// Runs `call` in the store thread, from async code; answers when it and all that it could see is on the disk.
+    /// Runs `call`, from async code; answers when it and all that it could see is on the disk.
     pub async fn call<R: Send + 'static>(
         &self,
         call: impl FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
@@ -247,7 +273,9 @@ impl Store {
         call: impl FnOnce(&mut Ledger) -> Result<R, StoreError> + Send + 'static,
     ) -> Result<R, StoreError> {
         let (job, answer) = job(survives, call);
-        self.jobs.send(job).map_err(|_| StoreError::Closed)?;
+        if let Err(job) = self.shared.serve_here(job) {
+            self.jobs.send(job).map_err(|_| StoreError::Closed)?;
+        }
         answer.blocking_recv().unwrap_or(Err(StoreError::Closed))
     }
 }
@@ -268,43 +296,76 @@ fn job<R: Send + 'static>(
     (Job { run, survives }, answer)
 }
 
-/// The store thread: takes whatever waits, runs it in one transaction, commits, has it answered.
-///
-/// Damage, or a disk that fails, ends it: every later call is answered with [`StoreError::Closed`], the daemon stops, and the next start sets a
-/// damaged database aside.
-fn serve(
-    mut ledger: Ledger,
-    flusher: Flusher,
-    queue: &std::sync::mpsc::Receiver<Job>,
-    (outbox, parked): &(Arc<AtomicU64>, Arc<AtomicU64>),
-    marker: &Path,
-) {
-    while let Ok(first) = queue.recv() {
+impl Shared {
+    /// The store thread: takes whatever waits, and has it run.
+    fn serve(&self, queue: &std::sync::mpsc::Receiver<Job>) {
+        while let Ok(first) = queue.recv() {
+            // Poisoned by a call that panicked in the middle of a transaction: closed.
+            let Ok(mut desk) = self.desk.lock() else {
+                return;
+            };
+            if !self.run(&mut desk, first, || queue.try_recv().ok()) {
+                return;
+            }
+        }
+        if let Some(desk) = self.desk.lock().ok().and_then(|mut desk| desk.take()) {
+            desk.flusher.end();
+            desk.ledger.close();
+        }
+    }
+
+    /// Runs `job` in this thread, if nobody is at the ledger; else gives it back.
+    fn serve_here(&self, job: Job) -> Result<(), Job> {
+        match self.desk.try_lock() {
+            Ok(mut desk) => {
+                self.run(&mut desk, job, || None);
+                Ok(())
+            }
+            Err(_) => Err(job),
+        }
+    }
+
+    /// Runs `first`, and what `more` has, in one transaction, commits, has them answered. `false` when there can be no more.
+    ///
+    /// Damage, or a disk that fails, closes the ledger: every later call is answered with [`StoreError::Closed`], the daemon stops, and the next start
+    /// sets a damaged database aside.
+    fn run(
+        &self,
+        open: &mut Option<Desk>,
+        first: Job,
+        mut more: impl FnMut() -> Option<Job>,
+    ) -> bool {
+        let Some(Desk {
+            ledger,
+            flusher,
+            marker,
+        }) = open
+        else {
+            return false;
+        };
         if let Err(error) = ledger.begin() {
-            (first.run)(&mut ledger)(Err(error));
+            (first.run)(ledger)(Err(error));
         } else {
-            let mut replies = vec![(first.survives, (first.run)(&mut ledger))];
+            let mut replies = vec![(first.survives, (first.run)(ledger))];
             while replies.len() < BATCH
-                && let Ok(job) = queue.try_recv()
+                && let Some(job) = more()
             {
-                replies.push((job.survives, (job.run)(&mut ledger)));
+                replies.push((job.survives, (job.run)(ledger)));
             }
             let committed = ledger.commit();
-            outbox.store(ledger.outbox_len(), Ordering::Relaxed);
-            parked.store(ledger.parked_len(), Ordering::Relaxed);
+            self.outbox.store(ledger.outbox_len(), Ordering::Relaxed);
+            self.parked.store(ledger.parked_len(), Ordering::Relaxed);
             flusher.answer(ledger.written(), &committed, replies);
         }
         if ledger.damaged() {
             tracing::error!("the ledger is damaged; stopping, the next start sets it aside");
             let _ = std::fs::write(marker, b"");
-            return;
+        } else if !flusher.failed() {
+            return true;
         }
-        if flusher.failed() {
-            return;
-        }
+        *open = None;
+        false
     }
-    flusher.end();
-    ledger.close();
 }
 
 /// Gives a damaged database a name that says so, and deletes all but the latest [`KEPT_ASIDE`] of these.

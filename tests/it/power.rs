@@ -113,7 +113,10 @@ fn step(store: &Store, number: u64) {
 struct Recording {
     /// The database as it was all along: nothing has been moved into it.
     database: Vec<u8>,
+    /// As far as it is written.
     wal: Vec<u8>,
+    /// Its length: the rest is zeros.
+    reserved: usize,
     /// After each step: how long the log was, and what the ledger held.
     answered: Vec<(usize, Content)>,
 }
@@ -130,16 +133,22 @@ impl Recording {
             let (database, wal) = (std::fs::read(&path).unwrap(), std::fs::read(&wal_path));
             let wal = wal.unwrap();
             let content = content(&lay(copy.path(), &database, &wal));
-            (wal.len(), content)
+            (written(&wal), content)
         };
         let mut answered = vec![look()];
         for number in 0..steps {
             step(&store, number);
             answered.push(look());
         }
+        let mut wal = std::fs::read(&wal_path).unwrap();
+        let reserved = wal.len();
+        wal.truncate(written(&wal));
+        assert!(reserved > wal.len(), "its length was there from the start");
+        assert!(answered[0].0 < wal.len(), "and each step is seen in it");
         let recording = Self {
             database: std::fs::read(&path).unwrap(),
-            wal: std::fs::read(&wal_path).unwrap(),
+            wal,
+            reserved,
             answered,
         };
         // It closes the database in this folder, in its own time.
@@ -153,6 +162,14 @@ impl Recording {
         let reached = self.answered.iter().rev().find(|(end, _)| *end <= length);
         &reached.expect("the database was made before").1
     }
+}
+
+/// How far a log is written that has not begun anew: its header, and frames (`SQLite`'s file format, 4.1 and 4.2) up to one for no page.
+fn written(wal: &[u8]) -> usize {
+    const HEADER: usize = 32;
+    const FRAME: usize = 24 + 1024;
+    let frames = wal[HEADER..].chunks_exact(FRAME);
+    HEADER + FRAME * frames.take_while(|frame| frame[..4] != [0; 4]).count()
 }
 
 fn lay(folder: &Path, database: &[u8], wal: &[u8]) -> std::path::PathBuf {
@@ -202,11 +219,11 @@ fn cut_anywhere(steps: u64, cuts: usize) {
             expected,
             &format!("cut at {length}"),
         );
-        // The last write did not get there whole: zeros, what was in those sectors before, or a gap with later sectors behind it.
+        // The last write did not get there whole: zeros as before, what was in those sectors before, or a gap with later sectors behind it.
         let mut torn = wal[..length].to_vec();
         let rest = (wal.len() - length).min(4096);
         match random.below(3) {
-            0 => torn.resize(length + rest, 0),
+            0 => torn.resize(recording.reserved, 0),
             1 => torn.extend((0..rest).map(|_| random.below(256) as u8)),
             _ => {
                 torn.resize(length + rest.min(512), 0);

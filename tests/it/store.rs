@@ -397,6 +397,28 @@ fn a_damaged_ledger_is_set_aside_and_a_newer_one_left_alone() {
 }
 
 #[test]
+fn a_call_that_panics_closes_the_ledger_and_nothing_of_it_stays() {
+    let running = Running::new();
+    let set = |value: &'static str| move |l: &mut Ledger| l.set_note("test", Some(value));
+    running.store().call_blocking(set("before")).unwrap();
+    let store = running.store().clone();
+    let panicked = std::thread::spawn(move || {
+        store.call_blocking(|l| -> Result<(), StoreError> {
+            l.set_note("test", Some("half"))?;
+            panic!("on purpose");
+        })
+    });
+    assert!(panicked.join().is_err());
+    for _ in 0..2 {
+        let closed = running.store().call_blocking(set("after"));
+        assert!(matches!(closed, Err(StoreError::Closed)), "{closed:?}");
+    }
+    let again = running.crash();
+    let note = again.store().call_blocking(|l| l.note("test")).unwrap();
+    assert_eq!(note.as_deref(), Some("before"));
+}
+
+#[test]
 fn damage_met_in_use_ends_the_store_and_the_next_start_sets_it_aside() {
     let running = Running::new();
     for number in 0..150 {
