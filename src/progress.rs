@@ -3,13 +3,17 @@
 //! The systemd watchdog is fed from here: as long as no stopwatch has been running for longer than its loop is allowed to be
 //! silent. A timer alone would go on feeding while the work hangs.
 //!
-//! And when they look: those that look at something every second or two do it on one beat.
+//! And when they look: at what nobody tells them of they look every [`LOOK`], all on one beat.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use tokio::time::{Interval, MissedTickBehavior, interval_at, sleep_until};
+
+/// How often loops look at what nobody tells them of. Seldom: on an idle board each look finds cold caches, and costs several times what it does in a
+/// busy one.
+pub const LOOK: Duration = Duration::from_secs(2);
 
 /// When the beat of this process began.
 static BEAT: LazyLock<Instant> = LazyLock::new(Instant::now);
@@ -21,7 +25,7 @@ fn last_beat(period: Duration) -> Instant {
 }
 
 /// Waits for the next whole multiple of `period` since the beat began. Loops that look at something now and then do it on the beat, all at once,
-/// so that a processor with nothing to do is woken once a second and not once for each of them.
+/// so that a processor with nothing to do is woken once and not once for each of them.
 pub async fn beat(period: Duration) {
     sleep_until((last_beat(period) + period).into()).await;
 }

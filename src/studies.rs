@@ -14,11 +14,8 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Alert;
 use crate::health::{Condition, Health};
 use crate::message::{AlertChange, OutboxMessage, Reporter, StudyState};
-use crate::progress::{Stopwatch, beat};
+use crate::progress::{LOOK, Stopwatch, beat};
 use crate::store::{Store, StoreError};
-
-/// How often studies are looked at.
-const TICK: Duration = Duration::from_secs(1);
 
 /// Studies tended in one transaction.
 const BATCH: usize = 100;
@@ -59,7 +56,7 @@ impl Studies {
             self.turn.start();
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = beat(TICK) => {}
+                () = beat(LOOK) => {}
             }
             let (close, complete) = view.look(
                 &self.health,

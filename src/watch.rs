@@ -24,14 +24,11 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{Watch, WatchMode};
 use crate::health::{Condition, Health};
-use crate::progress::beat;
+use crate::progress::{LOOK, beat};
 use crate::scan::{ScanFile, Stamp};
 
 /// Hints that may wait before they become "walk everything".
 const HINTS: usize = 1024;
-
-/// How often the folder itself is looked at.
-const FOLDER_CHECK: Duration = Duration::from_secs(2);
 
 /// How long the folder may take to answer.
 const FOLDER_PATIENCE: Duration = Duration::from_secs(10);
@@ -117,7 +114,7 @@ pub async fn follow(
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = beat(FOLDER_CHECK) => {}
+                () = beat(LOOK) => {}
             }
             let now = tokio::select! {
                 () = stop.cancelled() => return,
@@ -228,7 +225,7 @@ async fn wait_for_folder(
                 ),
             ),
         }
-        beat(FOLDER_CHECK).await;
+        beat(LOOK).await;
     }
 }
 

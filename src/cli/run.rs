@@ -2,14 +2,14 @@
 
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Failure, Global, block_on};
 use crate::config::Config;
 use crate::daemon::{self, Control, Prepared};
-use crate::progress::beat;
+use crate::progress::{LOOK, beat};
 use crate::store::Models;
 use crate::{systemd, telemetry};
 
@@ -22,9 +22,6 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
     let prepared = daemon::prepare(config).map_err(Failure::Configuration)?;
     block_on(serve(global, prepared, start))
 }
-
-/// How often to look whether another model bundle has been installed.
-const LOOK: Duration = Duration::from_secs(2);
 
 /// What comes from outside.
 enum Order {

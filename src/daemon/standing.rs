@@ -10,11 +10,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::health::{self, Conditions, Health, LastError};
 use crate::message::{self, ConditionMessage, ErrorMessage, StandingNote, rfc3339};
-use crate::progress::on_the_beat;
+use crate::progress::{LOOK, on_the_beat};
 use crate::store::{STANDING, Store};
-
-/// Shortest time between two notes: SD cards wear.
-const PACE: Duration = Duration::from_secs(1);
 
 /// Shortest time between two notes that differ in the number of waiting files only.
 const PACE_OF_FILES: Duration = Duration::from_secs(10);
@@ -66,7 +63,8 @@ impl Standing {
 
     /// Notes what changes until `stop`, and then that this was in order.
     pub(super) async fn keep(mut self, stop: CancellationToken) {
-        let mut tick = on_the_beat(PACE);
+        // No oftener: SD cards wear.
+        let mut tick = on_the_beat(LOOK);
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,

@@ -27,7 +27,7 @@ use super::{Candidate, Disposition, Report};
 use crate::config::Config;
 use crate::failpoint;
 use crate::health::{Condition, Health};
-use crate::progress::{Stopwatch, on_the_beat};
+use crate::progress::{LOOK, Stopwatch, on_the_beat};
 use crate::scan::{ScanFile, Stamp};
 use crate::store::{Ledger, Store, Survives, free_bytes};
 use crate::watch::{self, Hint};
@@ -37,9 +37,6 @@ const SETTLING: usize = 4096;
 
 /// Sub-folders that may wait for a walk of their own before a walk of everything takes their place.
 const SUBFOLDERS: usize = 64;
-
-/// How often room on the disk and in the outbox is looked at, and whether another process has queued something.
-const ROOM_CHECK: Duration = Duration::from_secs(1);
 
 /// When a new sub-folder is walked for the second time.
 const LATE_WALK: Duration = Duration::from_secs(2);
@@ -229,7 +226,7 @@ impl Intake {
         }
     }
 
-    /// Starts `turn` anew at every turn, at least once in [`ROOM_CHECK`].
+    /// Starts `turn` anew at every turn, at least once in [`LOOK`].
     #[must_use]
     pub fn watched_by(mut self, turn: Stopwatch) -> Self {
         self.turn = turn;
@@ -277,7 +274,8 @@ impl Intake {
         let mut looking: Option<JoinHandle<Looks>> = None;
         let mut look_at = tokio::time::interval(self.look_interval());
         look_at.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut room_check = on_the_beat(ROOM_CHECK);
+        // Room on the disk and in the outbox, files that hang, and whether another process has queued something.
+        let mut room_check = on_the_beat(LOOK);
         loop {
             self.turn.start();
             self.dispatch();

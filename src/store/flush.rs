@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use super::{Reply, StoreError, Survives, free_bytes};
 
 /// Flushes that follow one another are this far apart, so that one serves several commits when there are many. The first one does not wait, nor does
-/// a second one: what is looked at every second begins one too, and the outcome of a lone picture would wait for it.
+/// a second one: what is looked at on the beat begins one too, and the outcome of a lone picture would wait for it.
 pub const FLUSHES_APART: Duration = Duration::from_millis(10);
 
 /// Transactions that may wait for a flush. With more the disk does not keep up, and the thread that writes waits for it.
