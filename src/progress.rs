@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::{Interval, MissedTickBehavior, interval_at, sleep_until};
 
-/// How often loops look at what nobody tells them of. Seldom: on an idle board each look finds cold caches, and costs several times what it does in a
+/// How often loops look at what nobody tells them of. Seldom: on an idle machine each look finds cold memory, and costs several times what it does in a
 /// busy one.
 pub const LOOK: Duration = Duration::from_secs(2);
 

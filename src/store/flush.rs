@@ -47,7 +47,7 @@ fn log_of(database: &Path) -> PathBuf {
 }
 
 /// Makes the write-ahead log of the database at `database` as long as it gets, while nobody else may write to it. `SQLite` takes what lies behind its own
-/// records for the rest of an earlier round (zeros have no valid checksum), as it does with a log that it has begun anew. Written, not only
+/// records for the rest of an earlier round (zeros are a record of no page), as it does with a log that it has begun anew. Written, not only
 /// allocated: the file system would record of each block that it is in use now.
 pub(super) fn reserve(database: &Path) -> std::io::Result<()> {
     let log = OpenOptions::new().write(true).open(log_of(database))?;
