@@ -8,16 +8,16 @@
 //! The log has its full length from the start ([`reserve`]). Where a commit makes a file longer, the file system has to put its own records on the
 //! disk too, and wait for them.
 
-use std::cell::Cell;
 use std::fs::{File, OpenOptions};
-use std::io::{Read as _, Seek as _, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::io::Read as _;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::ledger::{CHECKPOINT, PAGE};
 use super::{Reply, StoreError, Survives, free_bytes};
 
 /// Flushes that follow one another are this far apart, so that one serves several commits when there are many. The first one does not wait, nor does
@@ -27,9 +27,9 @@ pub const FLUSHES_APART: Duration = Duration::from_millis(10);
 /// Transactions that may wait for a flush. With more the disk does not keep up, and the thread that writes waits for it.
 const WAITING: usize = 256;
 
-/// Bytes that a log is given: 4000 pages, after which `SQLite` begins at its start again, and 300 for the transactions that reach beyond; each of
-/// 1024 bytes, with 24 before it (`SQLite`'s file format, 4.2).
-const LOG: u64 = 4300 * (1024 + 24);
+/// Bytes that a log is given: as many pages as it gets before `SQLite` begins at its start again, and 300 for the transactions that reach beyond; each
+/// with 24 bytes before it (`SQLite`'s file format, 4.2).
+const LOG: u64 = (CHECKPOINT + 300) * (PAGE + 24);
 
 /// A log is given nothing where less than this many times as much is free.
 const ROOM: u64 = 16;
@@ -40,21 +40,13 @@ struct Flush {
     replies: Vec<Reply>,
 }
 
-fn log_of(database: &Path) -> PathBuf {
-    let mut log = database.as_os_str().to_owned();
-    log.push("-wal");
-    log.into()
-}
-
-/// Makes the write-ahead log of the database at `database` as long as it gets, while nobody else may write to it. `SQLite` takes what lies behind its own
-/// records for the rest of an earlier round (zeros are a record of no page), as it does with a log that it has begun anew. Written, not only
-/// allocated: the file system would record of each block that it is in use now.
-pub(super) fn reserve(database: &Path) -> std::io::Result<()> {
-    let log = OpenOptions::new().write(true).open(log_of(database))?;
+/// Makes a write-ahead log as long as it gets, while nobody else may write to it. `SQLite` takes what lies behind its own records for the rest of an
+/// earlier round (zeros are a record of no page), as it does with a log that it has begun anew. Written, not only allocated: the file system would record
+/// of each block that it is in use now.
+fn reserve(mut log: &File, database: &Path) -> std::io::Result<()> {
     let length = log.metadata()?.len();
     if length < LOG && free_bytes(database)? >= ROOM * LOG {
-        (&log).seek(SeekFrom::Start(length))?;
-        std::io::copy(&mut std::io::repeat(0).take(LOG - length), &mut &log)?;
+        std::io::copy(&mut std::io::repeat(0).take(LOG - length), &mut log)?;
     }
     Ok(())
 }
@@ -76,9 +68,16 @@ struct State {
 }
 
 impl Flusher {
-    /// Starts it for the write-ahead log of the open database at `database`, of which everything is on the disk up to `mark`.
+    /// Starts it for the write-ahead log of the open database at `database`, of which everything is on the disk up to `mark`, while nobody else may
+    /// write to it.
     pub(super) fn start(database: &Path, mark: u64) -> std::io::Result<Self> {
-        let log = File::open(log_of(database))?;
+        let mut log = database.as_os_str().to_owned();
+        log.push("-wal");
+        let log = OpenOptions::new().append(true).open(log)?;
+        // Without it the log grows as it is written: slower, that is all.
+        if let Err(error) = reserve(&log, database) {
+            tracing::debug!("no room was made for the ledger's log: {error}");
+        }
         Self::start_with(mark, move || log.sync_data())
     }
 
@@ -139,49 +138,41 @@ impl Flusher {
 
 fn run(queue: &Receiver<Flush>, mut sync: impl FnMut() -> std::io::Result<()>, state: &State) {
     // When the next one need not wait, were there no second one to be had.
-    let due_at = Cell::new(Instant::now());
-    let mut flush = |mark| {
-        let start = Instant::now();
-        let synced = sync();
-        due_at.set(due_at.get().max(start) + start.elapsed() + FLUSHES_APART);
-        match synced {
-            Ok(()) => {
-                state.flushed.fetch_max(mark, Ordering::Relaxed);
-                Ok(())
-            }
-            Err(error) => {
-                state.failed.store(true, Ordering::Relaxed);
-                tracing::error!(
-                    "the disk does not take the ledger ({error}); stopping, the next start goes on with what it holds; check the medium"
-                );
-                Err(StoreError::Unwritable(error.to_string()))
-            }
-        }
+    let mut due_at = Instant::now();
+    // The first one is nobody's: it takes what was reserved.
+    let nobody = Flush {
+        mark: 0,
+        replies: Vec::new(),
     };
-    // Nobody waits for this one: it takes what was reserved.
-    if flush(0).is_err() {
-        return;
-    }
-    while let Ok(first) = queue.recv() {
-        let on_the_disk = |mark| mark <= state.flushed.load(Ordering::Relaxed);
+    let mut reserved = true;
+    for first in std::iter::once(nobody).chain(queue) {
+        let on_the_disk = |mark| !reserved && mark <= state.flushed.load(Ordering::Relaxed);
         if !on_the_disk(first.mark) {
             #[allow(
                 clippy::disallowed_methods,
                 reason = "a thread of its own that can do nothing else"
             )]
-            std::thread::sleep(
-                due_at
-                    .get()
-                    .saturating_duration_since(Instant::now() + FLUSHES_APART),
-            );
+            std::thread::sleep(due_at.saturating_duration_since(Instant::now() + FLUSHES_APART));
         }
         let due: Vec<_> = std::iter::once(first).chain(queue.try_iter()).collect();
         let mark = due.iter().map(|flush| flush.mark).max().unwrap_or(0);
-        let done = if on_the_disk(mark) {
-            Ok(())
-        } else {
-            flush(mark)
-        };
+        let mut done = Ok(());
+        if !on_the_disk(mark) {
+            let start = Instant::now();
+            let synced = sync();
+            due_at = due_at.max(start) + start.elapsed() + FLUSHES_APART;
+            match synced {
+                Ok(()) => _ = state.flushed.fetch_max(mark, Ordering::Relaxed),
+                Err(error) => {
+                    state.failed.store(true, Ordering::Relaxed);
+                    tracing::error!(
+                        "the disk does not take the ledger ({error}); stopping, the next start goes on with what it holds; check the medium"
+                    );
+                    done = Err(StoreError::Unwritable(error.to_string()));
+                }
+            }
+        }
+        reserved = false;
         let failed = done.is_err();
         for reply in due.into_iter().flat_map(|flush| flush.replies) {
             reply(done.clone());

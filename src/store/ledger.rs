@@ -15,6 +15,12 @@ use crate::scan::{Pseudonym, ScanFile, ScanId, Stamp, path_bytes, path_from_byte
 /// Format of the database, in `PRAGMA user_version`: as many as there are steps.
 const FORMAT: i64 = STEPS.len() as i64;
 
+/// Bytes of a page of a new database.
+pub(super) const PAGE: u64 = 1024;
+
+/// Pages in the write-ahead log with which `SQLite` moves them into the database and begins the log anew.
+pub(super) const CHECKPOINT: u64 = 4000;
+
 /// Each step brings a database from one format to the next; a new one takes all of them.
 const STEPS: [&str; 4] = [FORMAT_1, FORMAT_2, FORMAT_3, FORMAT_4];
 
@@ -325,10 +331,10 @@ impl Ledger {
         // FULL for what is done here; from then on the flusher puts commits on the disk.
         // Small pages, because a commit writes whole ones and SD cards wear: about 31 kB an image instead of 82 with pages of 4096 bytes. A new
         // database only; and a checkpoint every 4 MB, as with the larger pages. What is not in half a megabyte of them is in the system's own cache.
-        conn.execute_batch(
-            "PRAGMA page_size = 1024; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA temp_store = MEMORY;
-             PRAGMA wal_autocheckpoint = 4000; PRAGMA cache_size = -512;",
-        )?;
+        conn.execute_batch(&format!(
+            "PRAGMA page_size = {PAGE}; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA temp_store = MEMORY;
+             PRAGMA wal_autocheckpoint = {CHECKPOINT}; PRAGMA cache_size = -512;",
+        ))?;
         let found: i64 = conn.query_row("PRAGMA user_version", [], |row| row.get(0))?;
         let Some(steps) = usize::try_from(found).ok().and_then(|f| STEPS.get(f..)) else {
             return Err(StoreError::Newer {

@@ -20,7 +20,7 @@
 //! - Nothing leaves the appliance that a power cut could undo: what the publisher reads is on the disk when it gets it.
 //! - The `file` table is only a shortcut (path and stamp → scan); deleting it costs hashing, never a result.
 //!
-//! Every call is a closure over [`Ledger`] that runs by itself: in the thread that calls, if it may block and nobody else is at the ledger, else in
+//! Every call is a closure over [`Ledger`] that runs while no other does: in the thread that calls, if it may block and nobody else is at the ledger, else in
 //! the thread of the store ([`Store`]). All calls that wait for that thread at the same time share one transaction, and each gets its answer only after
 //! the commit, and after the disk has it where it must survive a power cut ([`Survives`], `flush`). Another process may read, and may
 //! mark scans to be classified again ([`Ledger::queue`]) and bring parked messages back ([`Ledger::retry`]): in a transaction of its own,
@@ -189,13 +189,9 @@ impl Store {
         };
         let suspects = ledger.suspects();
         ledger.begin()?;
-        // Without it the log grows as it is written: slower, that is all.
-        if let Err(error) = flush::reserve(&path) {
-            tracing::debug!("no room was made for the ledger's log: {error}");
-        }
-        ledger.commit()?;
         let flusher = Flusher::start(&path, ledger.written())
             .map_err(|e| StoreError::Other(format!("cannot start its flusher: {e}")))?;
+        ledger.commit()?;
         let (jobs, queue) = std::sync::mpsc::sync_channel(QUEUE);
         let shared = Arc::new(Shared {
             outbox: AtomicU64::new(ledger.outbox_len()),
