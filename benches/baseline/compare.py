@@ -12,6 +12,8 @@ root). Broker and subscriber have the rest of the machine.
 """
 
 import argparse
+import concurrent.futures
+import contextlib
 import csv
 import json
 import os
@@ -130,18 +132,31 @@ def memory(pid, key):
 
 
 class Footprint:
-    """The most memory that the tree had at a time, MB, looked at twice a second: what it has by itself, and each part of a file that it has mapped
+    """The most memory that the tree had at a time, MB: what it has by itself, and each part of a file that it has mapped
     once, however often; what forked processes have not written since counts for each. (`Pss` would share the interpreter's pages with this very
-    program.)"""
+    program.) A look takes milliseconds of a processor: between the pictures that come one by one, and twice a second while many are on their way."""
 
     def __init__(self, pid):
-        self.pid, self.peak, self.end = pid, 0, threading.Event()
-        self.thread = threading.Thread(target=self.look, daemon=True)
-        self.thread.start()
+        self.pid, self.peak = pid, 0
 
     def look(self):
-        while not self.end.wait(0.5):
-            self.peak = max(self.peak, self.now())
+        self.peak = max(self.peak, self.now())
+
+    @contextlib.contextmanager
+    def watching(self):
+        end = threading.Event()
+
+        def watch():
+            while not end.wait(0.5):
+                self.look()
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            end.set()
+            thread.join()
 
     def now(self):
         own, files = 0, {}
@@ -158,11 +173,6 @@ class Footprint:
                     file = (device, inode, offset)
                     files[file] = max(files.get(file, 0), resident - int(words[1]))
         return (own + sum(files.values())) / 1024
-
-    def stop(self):
-        self.end.set()
-        self.thread.join()
-        return max(self.peak, self.now())
 
 
 class SmallBoard:
@@ -244,16 +254,26 @@ def start(kind, args, broker, folder, board=None):
     return Daemon([*command, "--workers", str(workers)], {}, export, board)
 
 
-def one_by_one(daemon, subscriber, images):
-    """Seconds from the rename to the message, for each picture."""
-    latency = []
-    for data, suffix in images:
-        temporary, name = daemon.put(data, suffix)
-        time.sleep(0.03)
-        begin = time.perf_counter()
-        temporary.rename(name)
-        latency.append(subscriber.wait(daemon.number) - begin)
-    return latency
+def one_by_one(daemon, subscriber, images, between=lambda: None):
+    """Seconds from the rename to the message, for each picture; every tenth time `between` is called before it."""
+
+    def run():
+        # Once it has renamed the file, this thread has nothing to do that is measured: what is measured goes first.
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        latency = []
+        for number, (data, suffix) in enumerate(images):
+            if number % 10 == 0:
+                between()
+            temporary, name = daemon.put(data, suffix)
+            time.sleep(0.03)
+            begin = time.perf_counter()
+            temporary.rename(name)
+            latency.append(subscriber.wait(daemon.number) - begin)
+        return latency
+
+    # A thread for it, that takes the low priority with it when it ends.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
 
 
 def at_once(daemon, subscriber, files):
@@ -278,10 +298,13 @@ def measure(kind, args, images, idle, board):
             temporary, name = daemon.put(data + b"warm", suffix)
             temporary.rename(name)
             subscriber.wait(daemon.number)
-        latency = one_by_one(daemon, subscriber, singles)
+        latency = one_by_one(daemon, subscriber, singles, footprint.look)
         steady = memory(pid, "VmRSS")
         files = [daemon.put(data, suffix) for data, suffix in burst]
-        before, seconds = cpu(pid), at_once(daemon, subscriber, files)
+        before = cpu(pid)
+        with footprint.watching():
+            seconds = at_once(daemon, subscriber, files)
+        footprint.look()
         time.sleep(0.5)
         figures = {
             "p50 ms": statistics.median(latency) * 1e3,
@@ -292,7 +315,7 @@ def measure(kind, args, images, idle, board):
             "CPU ms an image": (cpu(pid) - before) / len(burst) * 1e3,
             "steady MB": steady,
             "peak MB": memory(pid, "VmHWM"),
-            "peak MB, pages once": footprint.stop(),
+            "peak MB, pages once": footprint.peak,
             "start to ready ms": daemon.ready * 1e3,
         }
         if idle:
@@ -301,7 +324,6 @@ def measure(kind, args, images, idle, board):
             figures["idle CPU %"] = (cpu(pid) - before) / idle * 100
         return figures
     finally:
-        footprint.end.set()
         daemon.stop()
         broker.process.kill()
         broker.process.wait()
