@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
 
+use crate::progress::stir;
+
 /// A degraded state, each with its published code.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Condition {
@@ -136,6 +138,7 @@ impl Health {
             let message = message.into();
             tracing::warn!(condition = condition.code(), "degraded: {message}");
             conditions.insert(condition, (jiff::Timestamp::now(), message));
+            stir();
             true
         });
     }
@@ -148,6 +151,7 @@ impl Health {
             };
             let seconds = jiff::Timestamp::now().duration_since(since).as_secs();
             tracing::info!(condition = condition.code(), after_s = seconds, "recovered");
+            stir();
             true
         });
     }

@@ -3,36 +3,132 @@
 //! The systemd watchdog is fed from here: as long as no stopwatch has been running for longer than its loop is allowed to be
 //! silent. A timer alone would go on feeding while the work hangs.
 //!
-//! And when they look: at what nobody tells them of they look every [`LOOK`], all on one beat.
+//! And when they look at what nobody tells them of: every two seconds, all on one beat, and every ten once nothing has stirred for twenty.
 
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Notify;
 use tokio::time::{Interval, MissedTickBehavior, interval_at, sleep_until};
 
-/// How often loops look at what nobody tells them of. Seldom: on an idle machine each look finds cold memory, and costs several times what it does in a
-/// busy one.
-pub const LOOK: Duration = Duration::from_secs(2);
+/// How often loops look at what nobody tells them of, while there is something to do.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// Without anything to do for this long, milliseconds, they look seldom.
+const QUIET_MS: u64 = 20_000;
+
+/// How often that is, milliseconds: each look of an idle machine finds cold memory, and costs several times what it does in a busy one. Less where a
+/// loop may not be silent for as long: one that looks shows that it turns.
+static SELDOM_MS: AtomicU64 = AtomicU64::new(10_000);
 
 /// When the beat of this process began.
-static BEAT: LazyLock<Instant> = LazyLock::new(Instant::now);
+static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
 
-/// The latest whole multiple of `period` since the beat began.
-fn last_beat(period: Duration) -> Instant {
-    let beats = BEAT.elapsed().as_nanos() / period.as_nanos();
-    *BEAT + period * u32::try_from(beats).unwrap_or(u32::MAX)
+static STIR: Stir = Stir::new();
+
+/// When something has stirred last.
+struct Stir {
+    /// Milliseconds after the beat began.
+    last: AtomicU64,
+    woken: Notify,
 }
 
-/// Waits for the next whole multiple of `period` since the beat began. Loops that look at something now and then do it on the beat, all at once,
-/// so that a processor with nothing to do is woken once and not once for each of them.
-pub async fn beat(period: Duration) {
-    sleep_until((last_beat(period) + period).into()).await;
+impl Stir {
+    const fn new() -> Self {
+        Self {
+            last: AtomicU64::new(0),
+            woken: Notify::const_new(),
+        }
+    }
+
+    /// Something stirs; if nothing had for long, whoever waits for the next look chooses its time anew.
+    fn at(&self, now: u64) {
+        let before = self.last.swap(now, Ordering::Relaxed);
+        if now.saturating_sub(before) >= QUIET_MS {
+            self.woken.notify_waiters();
+        }
+    }
+
+    fn quiet_at(&self, now: u64) -> bool {
+        now.saturating_sub(self.last.load(Ordering::Relaxed)) >= QUIET_MS
+    }
 }
 
-/// Ticks at once, and then on the beat: for loops that have other things to do in between.
+fn now() -> u64 {
+    BEGAN.elapsed().as_millis() as u64
+}
+
+/// Something happened, or is under way: looks are no longer seldom.
+pub fn stir() {
+    STIR.at(now());
+}
+
+/// The latest whole multiple of `period` up to `at`, counted from where the beat began. Who looks at such times does so together with all others, so that a
+/// processor with nothing to do is woken once and not once for each of them.
+fn last_beat(at: Instant, period: Duration) -> Instant {
+    let beats = at.saturating_duration_since(*BEGAN).as_nanos() / period.as_nanos();
+    *BEGAN + period * u32::try_from(beats).unwrap_or(u32::MAX)
+}
+
+fn next_beat(since: Instant, period: Duration) -> Instant {
+    last_beat(since, period) + period
+}
+
+async fn until_next(since: Instant, limit: Duration) {
+    loop {
+        let mut stirred = pin!(STIR.woken.notified());
+        stirred.as_mut().enable();
+        let period = if STIR.quiet_at(now()) {
+            Duration::from_millis(SELDOM_MS.load(Ordering::Relaxed)).max(LOOK)
+        } else {
+            LOOK
+        };
+        tokio::select! {
+            () = sleep_until(next_beat(since, period.min(limit)).into()) => return,
+            () = stirred => {}
+        }
+    }
+}
+
+/// Waits for the next look, after now.
+pub async fn look() {
+    until_next(Instant::now(), Duration::MAX).await;
+}
+
+/// The beat of a loop that has other things to do between its looks.
+#[derive(Debug)]
+pub struct Beat {
+    last: Option<Instant>,
+    limit: Duration,
+}
+
+impl Beat {
+    /// Looks are no further apart than `limit`.
+    pub fn within(limit: Duration) -> Self {
+        stir();
+        Self { last: None, limit }
+    }
+
+    /// Waits for the next look: the first one is at once. May be dropped and called anew.
+    pub async fn next(&mut self) {
+        if let Some(last) = self.last {
+            until_next(last, self.limit).await;
+        }
+        self.last = Some(Instant::now());
+    }
+}
+
+impl Default for Beat {
+    fn default() -> Self {
+        Self::within(Duration::MAX)
+    }
+}
+
+/// Ticks at once, and then every `period`, on the beat of all looks.
 pub fn on_the_beat(period: Duration) -> Interval {
-    let mut ticks = interval_at(last_beat(period).into(), period);
+    let mut ticks = interval_at(last_beat(Instant::now(), period).into(), period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     ticks
 }
@@ -102,6 +198,7 @@ pub struct Board {
 impl Board {
     /// A stopwatch for the loop `name`, which may be silent for `allowed`.
     pub fn watch(&mut self, name: impl Into<String>, allowed: Duration) -> Stopwatch {
+        SELDOM_MS.fetch_min((allowed / 2).as_millis() as u64, Ordering::Relaxed);
         let stopwatch = Stopwatch::default();
         self.watched.push((name.into(), stopwatch.clone(), allowed));
         stopwatch
@@ -124,15 +221,45 @@ mod tests {
     #[test]
     fn the_beat_is_the_same_for_all() {
         let (second, two) = (Duration::from_secs(1), Duration::from_secs(2));
-        let before = Instant::now();
-        let (next, every_other) = (last_beat(second) + second, last_beat(two) + two);
-        assert!(next > before && next <= Instant::now() + second);
+        let before = Instant::now().max(*BEGAN);
+        let (next, every_other) = (next_beat(before, second), next_beat(before, two));
+        assert!(next > before && next <= before + second);
         let beats = |at: Instant, period: Duration| {
-            at.duration_since(*BEAT)
+            at.duration_since(*BEGAN)
                 .as_nanos()
                 .is_multiple_of(period.as_nanos())
         };
         assert!(beats(next, second) && beats(every_other, two) && beats(every_other, second));
+        // Who was busy over a beat is late for it, and does not miss it.
+        assert_eq!(next_beat(next, second), next + second);
+        assert_eq!(next_beat(next + second / 2, second), next + second);
+    }
+
+    #[tokio::test]
+    async fn looks_are_seldom_while_nothing_stirs_and_what_stirs_ends_that() {
+        let stir = Stir::new();
+        assert!(!stir.quiet_at(QUIET_MS - 1) && stir.quiet_at(QUIET_MS));
+        let mut woken = pin!(stir.woken.notified());
+        woken.as_mut().enable();
+        stir.at(QUIET_MS);
+        woken.await;
+        assert!(!stir.quiet_at(2 * QUIET_MS - 1));
+        // Nobody waits for seldom looks now: nobody has to be woken.
+        let mut woken = pin!(stir.woken.notified());
+        woken.as_mut().enable();
+        stir.at(2 * QUIET_MS - 1);
+        let at_once = tokio::time::timeout(Duration::ZERO, woken).await;
+        assert!(at_once.is_err());
+    }
+
+    #[tokio::test]
+    async fn the_first_look_is_at_once() {
+        let mut beat = Beat::within(Duration::from_hours(1));
+        beat.next().await;
+        let second = tokio::time::timeout(Duration::ZERO, beat.next()).await;
+        assert!(second.is_err());
+        beat.last = beat.last.and_then(|last| last.checked_sub(2 * LOOK));
+        beat.next().await;
     }
 
     #[test]

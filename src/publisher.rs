@@ -34,7 +34,7 @@ use crate::message::{
 };
 use crate::mqtt::{Backoff, Event, Gone, Lost, Sending, Session, Settings, Ticket, Unsent};
 use crate::preview::Inlet;
-use crate::progress::{LOOK, Stopwatch, on_the_beat};
+use crate::progress::{Beat, Stopwatch, stir};
 use crate::store::{Ledger, Store, StoreError, Survives};
 use suspicion::{ENDS, Next, REFUSALS, RETURNED, Suspicion};
 
@@ -93,7 +93,7 @@ pub struct Publisher {
     pub engine: String,
     /// Whether the daemon comes back at once under the same topics, so that its status stays online.
     pub stay_online: Arc<AtomicBool>,
-    /// Started anew at every turn, at least once in [`LOOK`] while connected; stopped between connections.
+    /// Started anew at every turn, at least once a [`Beat`] while connected; stopped between connections.
     pub turn: Stopwatch,
 }
 
@@ -435,7 +435,7 @@ impl<'a> Connection<'a> {
         let mut conditions = self.publisher.health.subscribe();
         let mut health_tick =
             tokio::time::interval(Duration::from_secs(self.publisher.health_config.interval_s));
-        let mut overdue_tick = on_the_beat(LOOK.min(ack_timeout / 2));
+        let mut beat = Beat::within(ack_timeout / 2);
         let mut drain_until: Option<Instant> = None;
         loop {
             self.publisher.turn.start();
@@ -457,6 +457,9 @@ impl<'a> Connection<'a> {
                     self.publish_health(now).await?;
                 }
             }
+            if !self.settled() {
+                stir();
+            }
             if let Some(until) = drain_until
                 && ((self.settled() && !self.more) || until <= Instant::now())
             {
@@ -467,7 +470,7 @@ impl<'a> Connection<'a> {
                 () = self.publisher.outbox.notified() => self.more = true,
                 _ = health_tick.tick() => self.due.health = true,
                 Ok(()) = conditions.changed() => self.due.health = true,
-                _ = overdue_tick.tick() => {
+                () = beat.next() => {
                     self.check_overdue(ack_timeout)?;
                     // Here, so that a flood of birth messages is answered once.
                     if self.others_may_be_sent() && std::mem::take(&mut self.due.description) {

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Alert;
 use crate::health::{Condition, Health};
 use crate::message::{AlertChange, OutboxMessage, Reporter, StudyState};
-use crate::progress::{LOOK, Stopwatch, beat};
+use crate::progress::{Stopwatch, look};
 use crate::store::{Store, StoreError};
 
 /// Studies tended in one transaction.
@@ -56,7 +56,7 @@ impl Studies {
             self.turn.start();
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = beat(LOOK) => {}
+                () = look() => {}
             }
             let (close, complete) = view.look(
                 &self.health,

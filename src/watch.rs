@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{Watch, WatchMode};
 use crate::health::{Condition, Health};
-use crate::progress::{LOOK, beat};
+use crate::progress::{look, stir};
 use crate::scan::{ScanFile, Stamp};
 
 /// Hints that may wait before they become "walk everything".
@@ -114,7 +114,7 @@ pub async fn follow(
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = beat(LOOK) => {}
+                () = look() => {}
             }
             let now = tokio::select! {
                 () = stop.cancelled() => return,
@@ -225,7 +225,9 @@ async fn wait_for_folder(
                 ),
             ),
         }
-        beat(LOOK).await;
+        // Not seldom: the scanner may wait for it too.
+        stir();
+        look().await;
     }
 }
 

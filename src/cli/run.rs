@@ -9,7 +9,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::{Failure, Global, block_on};
 use crate::config::Config;
 use crate::daemon::{self, Control, Prepared};
-use crate::progress::{LOOK, beat};
+use crate::progress::look;
 use crate::store::Models;
 use crate::{systemd, telemetry};
 
@@ -150,7 +150,7 @@ fn refuse(control: &Control, problems: &[String]) {
 /// Waits until the link to the installed model bundle holds something else than `known`.
 async fn another(models: &Models, known: Option<&PathBuf>) -> Option<PathBuf> {
     loop {
-        beat(LOOK).await;
+        look().await;
         let models = models.clone();
         // A disk may hang.
         if let Ok(link) = tokio::task::spawn_blocking(move || models.link()).await

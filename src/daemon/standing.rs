@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::health::{self, Conditions, Health, LastError};
 use crate::message::{self, ConditionMessage, ErrorMessage, StandingNote, rfc3339};
-use crate::progress::{LOOK, on_the_beat};
+use crate::progress::Beat;
 use crate::store::{STANDING, Store};
 
 /// Shortest time between two notes that differ in the number of waiting files only.
@@ -64,11 +64,11 @@ impl Standing {
     /// Notes what changes until `stop`, and then that this was in order.
     pub(super) async fn keep(mut self, stop: CancellationToken) {
         // No oftener: SD cards wear.
-        let mut tick = on_the_beat(LOOK);
+        let mut beat = Beat::default();
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
-                _ = tick.tick() => {}
+                () = beat.next() => {}
             }
             let now = self.now();
             let due = self.noted.as_ref();

@@ -27,7 +27,7 @@ use super::{Candidate, Disposition, Report};
 use crate::config::Config;
 use crate::failpoint;
 use crate::health::{Condition, Health};
-use crate::progress::{LOOK, Stopwatch, on_the_beat};
+use crate::progress::{Beat, Stopwatch, stir};
 use crate::scan::{ScanFile, Stamp};
 use crate::store::{Ledger, Store, Survives, free_bytes};
 use crate::watch::{self, Hint};
@@ -226,7 +226,7 @@ impl Intake {
         }
     }
 
-    /// Starts `turn` anew at every turn, at least once in [`LOOK`].
+    /// Starts `turn` anew at every turn, at least once a [`Beat`].
     #[must_use]
     pub fn watched_by(mut self, turn: Stopwatch) -> Self {
         self.turn = turn;
@@ -275,7 +275,7 @@ impl Intake {
         let mut look_at = tokio::time::interval(self.look_interval());
         look_at.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         // Room on the disk and in the outbox, files that hang, and whether another process has queued something.
-        let mut room_check = on_the_beat(LOOK);
+        let mut beat = Beat::default();
         loop {
             self.turn.start();
             self.dispatch();
@@ -284,6 +284,9 @@ impl Intake {
                 (self.taken.len() + self.settling.len()) as u64,
                 Ordering::Relaxed,
             );
+            if !self.taken.is_empty() || !self.settling.is_empty() {
+                stir();
+            }
             let walk_wanted = !self.paused() && self.ready.len() < self.config.limits.queue;
             let next_late = self.walks.next_late();
             tokio::select! {
@@ -297,7 +300,7 @@ impl Intake {
                     self.looked(looks.unwrap_or_default());
                 }
                 _ = look_at.tick(), if looking.is_none() && !self.settling.is_empty() => looking = Some(self.look()),
-                _ = room_check.tick() => {
+                () = beat.next() => {
                     self.check_deadlines(true).await?;
                     self.check_room().await;
                     self.check_ledger().await;
@@ -315,7 +318,7 @@ impl Intake {
         while self.busy() {
             tokio::select! {
                 report = reports.recv() => self.report(report.ok_or(IntakeError::Orphaned)?)?,
-                _ = room_check.tick() => self.check_deadlines(false).await?,
+                () = beat.next() => self.check_deadlines(false).await?,
             }
         }
         Ok(())
