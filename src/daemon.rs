@@ -35,7 +35,7 @@ use crate::mqtt::Settings;
 use crate::pipeline::intake::{Intake, Workers};
 use crate::pipeline::worker::{self, Context};
 use crate::preview;
-use crate::progress::{Board, on_the_beat};
+use crate::progress::{Beat, Board, LOOK};
 use crate::publisher::Publisher;
 use crate::store::{Models, Opened, StateDir, Store};
 use crate::studies::Studies;
@@ -51,7 +51,7 @@ const BIND_AGAIN: Duration = Duration::from_secs(10);
 const FINISH: Duration = Duration::from_secs(20);
 
 /// How often systemd is told, at most.
-const PULSE: Duration = Duration::from_secs(10);
+const PULSE: Duration = LOOK.saturating_mul(5);
 
 /// How long a loop may be silent where no watchdog says how long.
 const SILENCE: Duration = Duration::from_mins(1);
@@ -599,10 +599,10 @@ async fn pulse(
     health: Health,
     backlog: Arc<AtomicU64>,
 ) {
-    let mut tick = on_the_beat(PULSE.min(silence / 2));
+    let mut beat = Beat::every(PULSE.min(silence / 2));
     let mut said = false;
     loop {
-        tick.tick().await;
+        beat.next().await;
         let counts = tokio::time::timeout(silence, store.call(|ledger| ledger.counts())).await;
         let standstill = match (&counts, board.standstill()) {
             (Err(_), _) => Some(("ledger".to_owned(), silence)),

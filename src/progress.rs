@@ -3,7 +3,7 @@
 //! The systemd watchdog is fed from here: as long as no stopwatch has been running for longer than its loop is allowed to be
 //! silent. A timer alone would go on feeding while the work hangs.
 //!
-//! And when they look at what nobody tells them of: every two seconds, all on one beat, and every ten once nothing has stirred for twenty.
+//! And when they look at what nobody tells them of: every two seconds, all on one beat, and every half a minute once nothing has stirred for twenty.
 
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,20 +11,29 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
-use tokio::time::{Interval, MissedTickBehavior, interval_at, sleep_until};
+use tokio::time::sleep_until;
 
 /// How often loops look at what nobody tells them of, while there is something to do.
-const LOOK: Duration = Duration::from_secs(2);
+pub const LOOK: Duration = Duration::from_millis(SLOT_MS / 2);
+
+/// Tokio's timers keep what is more than 4 s ahead by slots of 4096 ms from the start of the runtime, the rest by slots of 64 ms, and wake the thread at the
+/// begin of a slot, too. At whole slots that is one time instead of three; each finds cold memory.
+const SLOT_MS: u64 = 4096;
 
 /// Without anything to do for this long, milliseconds, they look seldom.
 const QUIET_MS: u64 = 20_000;
 
 /// How often that is, milliseconds: each look of an idle machine finds cold memory, and costs several times what it does in a busy one. Less where a
 /// loop may not be silent for as long: one that looks shows that it turns.
-static SELDOM_MS: AtomicU64 = AtomicU64::new(10_000);
+static SELDOM_MS: AtomicU64 = AtomicU64::new(7 * SLOT_MS);
 
 /// When the beat of this process began.
 static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+/// The beat begins, if it has not yet: with the runtime, so that its times are those of slots.
+pub fn begin() {
+    LazyLock::force(&BEGAN);
+}
 
 static STIR: Stir = Stir::new();
 
@@ -65,28 +74,25 @@ pub fn stir() {
     STIR.at(now());
 }
 
-/// The latest whole multiple of `period` up to `at`, counted from where the beat began. Who looks at such times does so together with all others, so that a
-/// processor with nothing to do is woken once and not once for each of them.
-fn last_beat(at: Instant, period: Duration) -> Instant {
-    let beats = at.saturating_duration_since(*BEGAN).as_nanos() / period.as_nanos();
-    *BEGAN + period * u32::try_from(beats).unwrap_or(u32::MAX)
-}
-
+/// The first whole multiple of `period` after `since`, counted from where the beat began. Who looks at such times does so together with all others, so
+/// that a processor with nothing to do is woken once and not once for each of them.
 fn next_beat(since: Instant, period: Duration) -> Instant {
-    last_beat(since, period) + period
+    let beats = since.saturating_duration_since(*BEGAN).as_nanos() / period.as_nanos();
+    *BEGAN + period * u32::try_from(beats + 1).unwrap_or(u32::MAX)
 }
 
-async fn until_next(since: Instant, limit: Duration) {
+/// Waits for the first look after `since` of a loop that looks every `pace`, or seldom.
+async fn until_next(since: Instant, pace: Duration) {
     loop {
         let mut stirred = pin!(STIR.woken.notified());
         stirred.as_mut().enable();
         let period = if STIR.quiet_at(now()) {
-            Duration::from_millis(SELDOM_MS.load(Ordering::Relaxed)).max(LOOK)
+            pace.max(Duration::from_millis(SELDOM_MS.load(Ordering::Relaxed)))
         } else {
-            LOOK
+            pace
         };
         tokio::select! {
-            () = sleep_until(next_beat(since, period.min(limit)).into()) => return,
+            () = sleep_until(next_beat(since, period).into()) => return,
             () = stirred => {}
         }
     }
@@ -94,27 +100,27 @@ async fn until_next(since: Instant, limit: Duration) {
 
 /// Waits for the next look, after now.
 pub async fn look() {
-    until_next(Instant::now(), Duration::MAX).await;
+    until_next(Instant::now(), LOOK).await;
 }
 
 /// The beat of a loop that has other things to do between its looks.
 #[derive(Debug)]
 pub struct Beat {
     last: Option<Instant>,
-    limit: Duration,
+    pace: Duration,
 }
 
 impl Beat {
-    /// Looks are no further apart than `limit`.
-    pub fn within(limit: Duration) -> Self {
+    /// Every `pace`, while there is something to do.
+    pub fn every(pace: Duration) -> Self {
         stir();
-        Self { last: None, limit }
+        Self { last: None, pace }
     }
 
     /// Waits for the next look: the first one is at once. May be dropped and called anew.
     pub async fn next(&mut self) {
         if let Some(last) = self.last {
-            until_next(last, self.limit).await;
+            until_next(last, self.pace).await;
         }
         self.last = Some(Instant::now());
     }
@@ -122,15 +128,8 @@ impl Beat {
 
 impl Default for Beat {
     fn default() -> Self {
-        Self::within(Duration::MAX)
+        Self::every(LOOK)
     }
-}
-
-/// Ticks at once, and then every `period`, on the beat of all looks.
-pub fn on_the_beat(period: Duration) -> Interval {
-    let mut ticks = interval_at(last_beat(Instant::now(), period).into(), period);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
-    ticks
 }
 
 /// No time in milliseconds.
@@ -254,12 +253,16 @@ mod tests {
 
     #[tokio::test]
     async fn the_first_look_is_at_once() {
-        let mut beat = Beat::within(Duration::from_hours(1));
+        let mut beat = Beat::every(Duration::from_hours(1));
         beat.next().await;
         let second = tokio::time::timeout(Duration::ZERO, beat.next()).await;
         assert!(second.is_err());
-        beat.last = beat.last.and_then(|last| last.checked_sub(2 * LOOK));
-        beat.next().await;
+        // One that is overdue is, too.
+        let mut late = Beat {
+            last: Some(*BEGAN),
+            pace: Duration::from_millis(1),
+        };
+        late.next().await;
     }
 
     #[test]

@@ -34,7 +34,7 @@ use crate::message::{
 };
 use crate::mqtt::{Backoff, Event, Gone, Lost, Sending, Session, Settings, Ticket, Unsent};
 use crate::preview::Inlet;
-use crate::progress::{Beat, Stopwatch, stir};
+use crate::progress::{Beat, LOOK, Stopwatch, stir};
 use crate::store::{Ledger, Store, StoreError, Survives};
 use suspicion::{ENDS, Next, REFUSALS, RETURNED, Suspicion};
 
@@ -435,7 +435,7 @@ impl<'a> Connection<'a> {
         let mut conditions = self.publisher.health.subscribe();
         let mut health_tick =
             tokio::time::interval(Duration::from_secs(self.publisher.health_config.interval_s));
-        let mut beat = Beat::within(ack_timeout / 2);
+        let mut beat = Beat::every(LOOK.min(ack_timeout / 2));
         let mut drain_until: Option<Instant> = None;
         loop {
             self.publisher.turn.start();

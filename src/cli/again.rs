@@ -12,7 +12,7 @@ use crate::commands::{PAGE, still_there};
 use crate::message::{ReprocessMessage, rfc3339_seconds};
 use crate::prediction::{Decision, RejectCode};
 use crate::scan::ScanId;
-use crate::store::Selection;
+use crate::store::{Selection, StateDir};
 
 #[derive(Debug, Args)]
 #[command(group(ArgGroup::new("which").required(true).multiple(true).args(["all", "since", "until", "decision", "rejected"])))]
@@ -154,9 +154,9 @@ fn queue(global: &Global, selection: &Selection, how: &How) -> Result<(), Failur
         Access::Queue
     };
     let (mut ledger, config) = open(global, access)?;
-    let folder = config.watch.folder;
+    let folder = &config.watch.folder;
     // Without it every file would count as gone.
-    std::fs::read_dir(&folder).map_err(|e| {
+    std::fs::read_dir(folder).map_err(|e| {
         Failure::Runtime(format!(
             "watch.folder: {} cannot be read ({e}); say it again when it is there",
             folder.display()
@@ -169,7 +169,7 @@ fn queue(global: &Global, selection: &Selection, how: &How) -> Result<(), Failur
         let count = page.len();
         after = page.last().map(|(id, _)| *id);
         let before = there.len();
-        there.extend(still_there(&folder, page));
+        there.extend(still_there(folder, page));
         gone += before + count - there.len();
         if count < PAGE {
             break;
@@ -182,6 +182,9 @@ fn queue(global: &Global, selection: &Selection, how: &How) -> Result<(), Failur
             break;
         }
         ledger.queue(page)?;
+    }
+    if !how.dry_run {
+        StateDir::nudge(&config.state.dir);
     }
     let (queued, gone) = (there.len() as u64, gone as u64);
     let named = selection.scan_ids.as_ref().map_or(0, |ids| {

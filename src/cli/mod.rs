@@ -25,6 +25,7 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use tokio::runtime::Builder;
 
 use crate::config::{self, Config};
+use crate::progress;
 use crate::store::StoreError;
 
 /// Exit code for a configuration or model that cannot be used; systemd does not restart on it (`EX_CONFIG` of sysexits.h).
@@ -208,9 +209,12 @@ fn run_on<T>(
 ) -> Result<T, Failure> {
     let runtime = runtime
         .max_blocking_threads(8)
+        // Longer than between two looks (`progress`), so that those who look need not be made anew.
+        .thread_keep_alive(Duration::from_mins(1))
         .enable_all()
         .build()
         .map_err(|e| Failure::Runtime(format!("runtime: {e}; check the limits on threads")))?;
+    progress::begin();
     let done = runtime.block_on(future);
     runtime.shutdown_timeout(Duration::from_secs(2));
     done

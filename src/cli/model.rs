@@ -10,7 +10,7 @@ use super::{Failure, Global, become_owner, say};
 use crate::classifier::{Bundle, Classifier, SignatureState};
 use crate::config::Config;
 use crate::daemon::bundles::{self, Candidate, Refusal, Unchanged};
-use crate::store::{Models, Source};
+use crate::store::{Models, Source, StateDir};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ModelVerb {
@@ -189,6 +189,7 @@ fn install(config: &Config, dir: &Path) -> Result<(), Failure> {
         bundles::install(config, source).map_err(|unchanged| failure(config, unchanged))?;
     let title = title(classifier.bundle());
     if anew {
+        StateDir::nudge(&config.state.dir);
         say!("installed: {title}; a running daemon takes it over within a few seconds")?;
     } else {
         say!("unchanged: {title} is installed already")?;
@@ -201,6 +202,7 @@ fn rollback(config: &Config) -> Result<(), Failure> {
     for line in found.refused {
         eprintln!("{line}");
     }
+    StateDir::nudge(&config.state.dir);
     say!(
         "back to: {} ({}); a running daemon takes it over within a few seconds",
         title(found.loaded.bundle()),

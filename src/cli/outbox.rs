@@ -7,6 +7,7 @@ use serde_json::json;
 use super::ledger::{Access, open};
 use super::{Failure, Global, say};
 use crate::message::{Kind, rfc3339_seconds};
+use crate::store::StateDir;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum OutboxVerb {
@@ -64,11 +65,12 @@ fn list(global: &Global, json: bool) -> Result<(), Failure> {
 }
 
 fn retry(global: &Global, args: &RetryArgs) -> Result<(), Failure> {
-    let (mut ledger, _) = open(global, Access::Queue)?;
+    let (mut ledger, config) = open(global, Access::Queue)?;
     let mut numbers = args.numbers.clone();
     numbers.sort_unstable();
     numbers.dedup();
     let queued = ledger.retry((!args.all).then_some(&numbers[..]))?;
+    StateDir::nudge(&config.state.dir);
     let unknown = (numbers.len() as u64).saturating_sub(queued);
     if args.json {
         say!("{}", json!({ "queued": queued, "unknown": unknown }))?;

@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::time::Instant;
 
+use rustix::process::Signal;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Failure, Global, block_on};
 use crate::config::Config;
 use crate::daemon::{self, Control, Prepared};
-use crate::progress::look;
+use crate::progress::{look, stir};
 use crate::store::Models;
 use crate::{systemd, telemetry};
 
@@ -26,6 +27,8 @@ pub(super) fn run(global: &Global) -> Result<(), Failure> {
 /// What comes from outside.
 enum Order {
     Stop,
+    /// Another process of ours has left something in the state directory ([`StateDir::nudge`](crate::store::StateDir::nudge)).
+    Look,
     Reload {
         /// By a hangup; otherwise another model is installed.
         hangup: bool,
@@ -41,7 +44,8 @@ enum Order {
 async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Result<(), Failure> {
     let listen =
         |kind| signal(kind).map_err(|e| Failure::Runtime(format!("signals: {e}; cannot listen")));
-    let (mut hangup, mut terminate, mut interrupt) = (
+    let (mut nudged, mut hangup, mut terminate, mut interrupt) = (
+        listen(SignalKind::from_raw(Signal::URG.as_raw()))?,
         listen(SignalKind::hangup())?,
         listen(SignalKind::terminate())?,
         listen(SignalKind::interrupt())?,
@@ -72,6 +76,7 @@ async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Resul
                 }
                 _ = terminate.recv() => Order::Stop,
                 _ = interrupt.recv() => Order::Stop,
+                _ = nudged.recv() => Order::Look,
                 loaded = finished(&mut reloading), if reloading.is_some() => {
                     reloading = None;
                     Order::Loaded(loaded)
@@ -91,6 +96,7 @@ async fn serve(global: &Global, mut prepared: Prepared, start: Instant) -> Resul
                 }
             };
             match order {
+                Order::Look => stir(),
                 Order::Stop => {
                     stopping = true;
                     next = None;

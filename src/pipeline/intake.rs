@@ -29,7 +29,7 @@ use crate::failpoint;
 use crate::health::{Condition, Health};
 use crate::progress::{Beat, Stopwatch, stir};
 use crate::scan::{ScanFile, Stamp};
-use crate::store::{Ledger, Store, Survives, free_bytes};
+use crate::store::{Store, Survives, free_bytes};
 use crate::watch::{self, Hint};
 
 /// Files that may be settling at the same time.
@@ -302,7 +302,6 @@ impl Intake {
                 _ = look_at.tick(), if looking.is_none() && !self.settling.is_empty() => looking = Some(self.look()),
                 () = beat.next() => {
                     self.check_deadlines(true).await?;
-                    self.check_room().await;
                     self.check_ledger().await;
                 }
                 () = tokio::time::sleep_until(self.paused_until), if self.paused_until > Instant::now() => {}
@@ -701,36 +700,22 @@ impl Intake {
         }
     }
 
-    /// Walks when another process has queued scans again.
+    /// Walks when another process has queued scans again; stops the flow while there is no room for outcomes, and starts it again.
     async fn check_ledger(&mut self) {
-        let written = self
+        let state = &self.config.state;
+        let dir = state.dir.clone();
+        let looked = self
             .store
-            .call_that(Survives::Process, Ledger::written_elsewhere)
+            .call_that(Survives::Process, move |ledger| {
+                Ok((ledger.written_elsewhere()?, free_bytes(&dir)))
+            })
             .await;
         // A ledger that cannot be asked is noticed where it matters; the next walk finds what was queued in any case.
-        self.walks.full_due |= written.unwrap_or(false);
-    }
-
-    /// Stops the flow while there is no room for outcomes, and starts it again.
-    async fn check_room(&mut self) {
-        let state = &self.config.state;
-        let (dir, min_free) = (state.dir.clone(), state.min_free_bytes);
-        let free = tokio::task::spawn_blocking(move || free_bytes(&dir)).await;
-        let low = match free {
-            Ok(Ok(free)) if free < min_free => {
-                let message = format!(
-                    "{free} bytes free for the state directory, {min_free} wanted; free some space"
-                );
-                self.health.raise(Condition::StateUnwritable, message);
-                true
-            }
-            Ok(Ok(_)) if self.low_space => {
-                self.health.clear(Condition::StateUnwritable);
-                false
-            }
-            _ => false,
-        };
-        let (waiting, limit) = (self.store.outbox_len(), state.outbox_messages);
+        if let Ok((written, free)) = looked {
+            self.walks.full_due |= written;
+            self.check_space(free.ok());
+        }
+        let (waiting, limit) = (self.store.outbox_len(), self.config.state.outbox_messages);
         let full = waiting >= limit;
         if full {
             let message = format!(
@@ -740,8 +725,26 @@ impl Intake {
         } else {
             self.health.clear(Condition::OutboxFull);
         }
-        self.low_space = low;
-        self.no_room = low || full;
+        self.no_room = self.low_space || full;
+    }
+
+    /// `free`: bytes that are left for the state directory, if that is known.
+    fn check_space(&mut self, free: Option<u64>) {
+        let min_free = self.config.state.min_free_bytes;
+        self.low_space = match free {
+            Some(free) if free < min_free => {
+                let message = format!(
+                    "{free} bytes free for the state directory, {min_free} wanted; free some space"
+                );
+                self.health.raise(Condition::StateUnwritable, message);
+                true
+            }
+            Some(_) if self.low_space => {
+                self.health.clear(Condition::StateUnwritable);
+                false
+            }
+            _ => false,
+        };
     }
 }
 

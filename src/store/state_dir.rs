@@ -6,7 +6,7 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as 
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{Flock, FlockOffsetType, FlockType};
+use rustix::process::{Flock, FlockOffsetType, FlockType, Signal};
 
 use super::{DAMAGED, DATABASE, StoreError};
 use crate::scan::{KEY_BYTES, PseudonymKey};
@@ -47,6 +47,19 @@ impl StateDir {
 
     /// Whether a daemon has `path` open now.
     pub fn in_use(path: &Path) -> std::io::Result<bool> {
+        Ok(Self::owner(path)?.is_some())
+    }
+
+    /// Tells the daemon that has `path` open, if there is one and this process may, to look soon at what lies there now. The signal does nothing to a
+    /// process that does not wait for it.
+    pub fn nudge(path: &Path) {
+        // The number of a process in another container is none here.
+        if let Ok(Some(Some(daemon))) = Self::owner(path).map(|owner| owner.map(|lock| lock.pid)) {
+            let _ = rustix::process::kill_process(daemon, Signal::URG);
+        }
+    }
+
+    fn owner(path: &Path) -> std::io::Result<Option<Flock>> {
         let file = File::open(path.join(LOCK))?;
         let whole = Flock {
             start: 0,
@@ -55,7 +68,7 @@ impl StateDir {
             typ: FlockType::WriteLock,
             offset_type: FlockOffsetType::Set,
         };
-        Ok(rustix::process::fcntl_getlk(&file, &whole)?.is_some())
+        Ok(rustix::process::fcntl_getlk(&file, &whole)?)
     }
 
     /// The directory.

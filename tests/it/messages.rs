@@ -1,6 +1,6 @@
 //! What the messages promise beyond their keys: properties, birth and will, the alert's rule, previews, commands. Against a real Mosquitto.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use serde_json::{Value, json};
@@ -693,6 +693,31 @@ fn results_and_alerts_say_whose_rule_decided() {
             .map(Arrived::json)
             .any(|a| a["positives"] == 2 && rule(&a) == ours)
     });
+}
+
+#[test]
+fn a_daemon_that_has_long_been_idle_soon_notices_what_is_queued() {
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let appliance = with_four_labels(&broker);
+    subscriber.wait_for_scans(3);
+    // By now it looks every half a minute by itself, and did so just before.
+    pause(Duration::from_secs(31));
+    let asked = Instant::now();
+    assert_eq!(verb(&appliance, &["reprocess", "--all"]), queued(3, 0));
+    let again = || {
+        subscriber
+            .results()
+            .iter()
+            .filter(|r| r["revision"] == 2)
+            .count()
+    };
+    wait_for("the new outcomes", || again() == 3);
+    assert!(
+        asked.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        asked.elapsed()
+    );
 }
 
 #[test]
