@@ -457,7 +457,7 @@ impl<'a> Connection<'a> {
                     self.publish_health(now).await?;
                 }
             }
-            if !self.settled() {
+            if !self.settled() || self.publisher.store.outbox_len() > 0 {
                 stir();
             }
             if let Some(until) = drain_until

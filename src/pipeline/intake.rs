@@ -315,6 +315,7 @@ impl Intake {
         // The workers have stopwatches of their own.
         self.turn.stop();
         while self.busy() {
+            stir();
             tokio::select! {
                 report = reports.recv() => self.report(report.ok_or(IntakeError::Orphaned)?)?,
                 () = beat.next() => self.check_deadlines(false).await?,
