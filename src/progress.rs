@@ -111,7 +111,7 @@ pub struct Beat {
 }
 
 impl Beat {
-    /// Every `pace`, while there is something to do.
+    /// Every `pace`, while there is something to do, as there is where a loop begins.
     pub fn every(pace: Duration) -> Self {
         stir();
         Self { last: None, pace }
@@ -195,7 +195,7 @@ pub struct Board {
 }
 
 impl Board {
-    /// A stopwatch for the loop `name`, which may be silent for `allowed`.
+    /// A stopwatch for the loop `name`, which may be silent for `allowed`; no looks are further apart than half of that, or than [`LOOK`].
     pub fn watch(&mut self, name: impl Into<String>, allowed: Duration) -> Stopwatch {
         SELDOM_MS.fetch_min((allowed / 2).as_millis() as u64, Ordering::Relaxed);
         let stopwatch = Stopwatch::default();

@@ -457,7 +457,8 @@ impl<'a> Connection<'a> {
                     self.publish_health(now).await?;
                 }
             }
-            if !self.settled() || self.publisher.store.outbox_len() > 0 {
+            let waiting = self.due.description || self.publisher.store.outbox_len() > 0;
+            if waiting || !self.settled() {
                 stir();
             }
             if let Some(until) = drain_until

@@ -157,6 +157,7 @@ class Footprint:
         finally:
             end.set()
             thread.join()
+            self.look()
 
     def now(self):
         own, files = 0, {}
@@ -304,7 +305,6 @@ def measure(kind, args, images, idle, board):
         before = cpu(pid)
         with footprint.watching():
             seconds = at_once(daemon, subscriber, files)
-        footprint.look()
         time.sleep(0.5)
         figures = {
             "p50 ms": statistics.median(latency) * 1e3,

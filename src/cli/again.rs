@@ -177,13 +177,10 @@ fn queue(global: &Global, selection: &Selection, how: &How) -> Result<(), Failur
     }
     // A page at a time, so that a daemon never waits long for the ledger. What is left out when this process dies on the way is marked by
     // the next try; what was marked is worked on, once.
-    for page in there.chunks(PAGE) {
-        if how.dry_run {
-            break;
-        }
-        ledger.queue(page)?;
-    }
     if !how.dry_run {
+        for page in there.chunks(PAGE) {
+            ledger.queue(page)?;
+        }
         StateDir::nudge(&config.state.dir);
     }
     let (queued, gone) = (there.len() as u64, gone as u64);

@@ -47,19 +47,20 @@ impl StateDir {
 
     /// Whether a daemon has `path` open now.
     pub fn in_use(path: &Path) -> std::io::Result<bool> {
-        Ok(Self::owner(path)?.is_some())
+        Ok(Self::lock_of(path)?.is_some())
     }
 
     /// Tells the daemon that has `path` open, if there is one and this process may, to look soon at what lies there now. The signal does nothing to a
     /// process that does not wait for it.
     pub fn nudge(path: &Path) {
         // The number of a process in another container is none here.
-        if let Ok(Some(Some(daemon))) = Self::owner(path).map(|owner| owner.map(|lock| lock.pid)) {
-            let _ = rustix::process::kill_process(daemon, Signal::URG);
+        if let Ok(Some(Flock { pid: Some(pid), .. })) = Self::lock_of(path) {
+            let _ = rustix::process::kill_process(pid, Signal::URG);
         }
     }
 
-    fn owner(path: &Path) -> std::io::Result<Option<Flock>> {
+    /// The lock of the daemon that has `path` open.
+    fn lock_of(path: &Path) -> std::io::Result<Option<Flock>> {
         let file = File::open(path.join(LOCK))?;
         let whole = Flock {
             start: 0,
