@@ -81,8 +81,8 @@ fn next_beat(since: Instant, period: Duration) -> Instant {
     *BEGAN + period * u32::try_from(beats + 1).unwrap_or(u32::MAX)
 }
 
-/// Waits for the first look after `since` of a loop that looks every `pace`, or seldom.
-async fn until_next(since: Instant, pace: Duration) {
+/// Waits for the first look after `since` of a loop that looks every `pace`, or seldom until `due`.
+async fn until_next(since: Instant, pace: Duration, due: Option<Instant>) {
     loop {
         let mut stirred = pin!(STIR.woken.notified());
         stirred.as_mut().enable();
@@ -91,8 +91,10 @@ async fn until_next(since: Instant, pace: Duration) {
         } else {
             pace
         };
+        let next = next_beat(since, period);
+        let next = due.map_or(next, |due| next.min(next_beat(due.max(since), pace)));
         tokio::select! {
-            () = sleep_until(next_beat(since, period).into()) => return,
+            () = sleep_until(next.into()) => return,
             () = stirred => {}
         }
     }
@@ -100,7 +102,12 @@ async fn until_next(since: Instant, pace: Duration) {
 
 /// Waits for the next look, after now.
 pub async fn look() {
-    until_next(Instant::now(), LOOK).await;
+    look_by(None).await;
+}
+
+/// The same, of a loop that knows when there will be something to do, if it does: no later than [`LOOK`] after that.
+pub async fn look_by(due: Option<Instant>) {
+    until_next(Instant::now(), LOOK, due).await;
 }
 
 /// The beat of a loop that has other things to do between its looks.
@@ -120,7 +127,7 @@ impl Beat {
     /// Waits for the next look: the first one is at once. May be dropped and called anew.
     pub async fn next(&mut self) {
         if let Some(last) = self.last {
-            until_next(last, self.pace).await;
+            until_next(last, self.pace, None).await;
         }
         self.last = Some(Instant::now());
     }

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::config::Alert;
 use crate::health::{Condition, Health};
 use crate::message::{AlertChange, OutboxMessage, Reporter, StudyState};
-use crate::progress::{Stopwatch, look};
+use crate::progress::{Stopwatch, look_by};
 use crate::store::{Store, StoreError};
 
 /// Studies tended in one transaction.
@@ -52,11 +52,12 @@ impl Studies {
 
     async fn tend(&self, stop: CancellationToken) {
         let mut view = View::new(Instant::now());
+        let mut due = None;
         loop {
             self.turn.start();
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = look() => {}
+                () = look_by(due) => {}
             }
             let (close, complete) = view.look(
                 &self.health,
@@ -71,19 +72,32 @@ impl Studies {
             let tended = self
                 .store
                 .call(move |ledger| {
-                    ledger.tend_studies(now, quiet, now - update_s, BATCH, |study, change| {
-                        messages(&reporter, study, change, complete)
-                    })
+                    let encode = |study: &_, change| messages(&reporter, study, change, complete);
+                    let tended = ledger.tend_studies(now, quiet, now - update_s, BATCH, encode)?;
+                    Ok((
+                        tended,
+                        ledger.studies_due(close.then_some(quiet_s), update_s)?,
+                    ))
                 })
                 .await;
-            match tended {
-                Ok(0) => {}
-                Ok(_) => self.outbox.notify_one(),
+            due = match tended {
+                Ok((tended, next)) => {
+                    if tended > 0 {
+                        self.outbox.notify_one();
+                    }
+                    next.map(|next| {
+                        let ahead = u64::try_from(next - now).unwrap_or(0);
+                        std::time::Instant::now() + Duration::from_secs(ahead)
+                    })
+                }
                 // Ending is what tells the daemon.
                 Err(StoreError::Closed) => return,
-                // The workers report a ledger that cannot be written; here the next tick tries again.
-                Err(error) => tracing::debug!("studies: {error}"),
-            }
+                // The workers report a ledger that cannot be written; here the next look tries again.
+                Err(error) => {
+                    tracing::debug!("studies: {error}");
+                    None
+                }
+            };
         }
     }
 }

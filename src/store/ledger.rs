@@ -964,6 +964,19 @@ impl Ledger {
         Ok(closed + updated)
     }
 
+    /// When [`Self::tend_studies`] will find the next study to close, after `quiet_s` without an outcome (`None`: none is to be closed), or the next
+    /// alert to update, `update_s` after its last message. Seconds, as everywhere.
+    pub fn studies_due(&self, quiet_s: Option<i64>, update_s: i64) -> Result<Option<i64>> {
+        let earliest = "SELECT min(due) FROM (
+             SELECT active_at + ?1 AS due FROM study WHERE open = 1
+             UNION ALL
+             SELECT alert_at + ?2 FROM study WHERE open = 1 AND alert_open = 1 AND positives != alert_positives)";
+        Ok(self
+            .conn
+            .prepare_cached(earliest)?
+            .query_row([quiet_s, Some(update_s)], |row| row.get(0))?)
+    }
+
     /// Alerts that are raised and not closed.
     pub fn open_alerts(&self) -> Result<u64> {
         let count = "SELECT count(*) FROM study WHERE alert_open = 1";

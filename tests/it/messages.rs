@@ -721,6 +721,23 @@ fn a_daemon_that_has_long_been_idle_soon_notices_what_is_queued() {
 }
 
 #[test]
+fn the_end_of_a_study_comes_when_it_is_due_though_the_daemon_is_idle() {
+    let broker = Mosquitto::start();
+    let subscriber = broker.subscribe();
+    let mut appliance = Appliance::with(&broker.url(), "[alert]\nquiet_s = 30");
+    appliance.start();
+    appliance.rename_in("a.png", &slices(1)[0]);
+    subscriber.wait_for_scans(1);
+    let last = Instant::now();
+    // By itself it looks 29 s after its start, and 57.
+    pause(Duration::from_secs(27));
+    assert!(subscriber.of_kind("study").is_empty());
+    wait_for("the study", || !subscriber.of_kind("study").is_empty());
+    let took = last.elapsed();
+    assert!(took < Duration::from_secs(45), "{took:?}");
+}
+
+#[test]
 fn reprocess_works_beside_the_daemon_and_without_it() {
     let broker = Mosquitto::start();
     let subscriber = broker.subscribe();

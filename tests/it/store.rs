@@ -560,10 +560,24 @@ fn one_alert_a_study_updated_and_closed() {
             .unwrap();
         told.try_iter().collect::<Vec<_>>()
     };
+    let due = |quiet_s, update_s| {
+        let due = running
+            .store()
+            .call_blocking(move |l| l.studies_due(quiet_s, update_s));
+        due.unwrap()
+    };
+    assert_eq!(due(None, 10), Some(111), "an update, of the alert at 101");
+    assert_eq!(
+        due(Some(5), 10),
+        Some(108),
+        "the end, after the outcome at 103"
+    );
     assert_eq!(tend(105, 0, 95), [], "too early to update");
     assert_eq!(tend(111, 0, 101), [(AlertChange::Updated, 3, 2)]);
     assert_eq!(tend(112, 0, 111), [], "nothing new");
+    assert_eq!((due(None, 10), due(Some(50), 10)), (None, Some(153)));
     assert_eq!(tend(200, 150, 190), [(AlertChange::Closed, 3, 3)]);
+    assert_eq!(due(Some(50), 10), None);
     assert_eq!(tend(201, 150, 190), []);
     let open = running.store().call_blocking(|l| l.open_alerts());
     assert_eq!(open.unwrap(), 0);
