@@ -21,6 +21,7 @@ use serde::Serialize;
 
 use heap::GivenBack;
 use helpers::{Helped, Helpers};
+use model_file::ModelFile;
 use shared::Either;
 
 pub use crate::tensor::{ElementType, QuantParams, TensorSpec};
@@ -37,6 +38,13 @@ impl TensorSpec {
             "input has {} bytes; the model takes {expected}",
             input.len()
         )))
+    }
+}
+
+/// Between unsigned bytes and signed ones whose zero point is 128 less.
+fn flip(bytes: &mut [u8]) {
+    for byte in bytes {
+        *byte ^= 0x80;
     }
 }
 
@@ -108,7 +116,7 @@ pub trait Engine: Send {
 }
 
 /// Why a model did not load or run.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, Clone, thiserror::Error)]
 pub enum EngineError {
     /// The runtime refused the model file.
     #[error("model does not load: {0}")]
@@ -138,6 +146,8 @@ struct Model {
     /// With some bytes in front, so that the file begins at an address that is a multiple of 16, for which its tensors are laid out.
     bytes: Vec<u8>,
     start: usize,
+    /// What it says of itself.
+    file: Result<ModelFile, EngineError>,
     #[cfg(litert)]
     litert: litert::Common,
 }
@@ -145,16 +155,25 @@ struct Model {
 impl ModelBytes {
     const ALIGNMENT: usize = 16;
 
-    /// A copy of `bytes`.
+    /// A copy of `bytes`, for the engines: without an operator that they do not need ([`ModelFile::take`]).
     pub fn copy_of(bytes: &[u8]) -> Self {
+        Self::copied(bytes, ModelFile::take)
+    }
+
+    fn copied(
+        bytes: &[u8],
+        read: impl FnOnce(&mut [u8]) -> Result<ModelFile, EngineError>,
+    ) -> Self {
         let mut aligned: Vec<u8> = Vec::with_capacity(bytes.len() + Self::ALIGNMENT);
         let start = aligned.as_ptr().align_offset(Self::ALIGNMENT);
         aligned.resize(start, 0);
         // It has the room, so it stays where it is.
         aligned.extend_from_slice(bytes);
+        let file = read(&mut aligned[start..]);
         Self(Arc::new(Model {
             bytes: aligned,
             start,
+            file,
             #[cfg(litert)]
             litert: litert::Common::default(),
         }))
@@ -178,7 +197,7 @@ pub fn load(
     model: &ModelBytes,
     threads: usize,
 ) -> Result<Box<dyn Engine>, EngineError> {
-    let file = model_file::ModelFile::read(model)?;
+    let file = model.0.file.clone()?;
     let threads = threads.clamp(1, MAX_THREADS);
     let load = || -> Result<Box<dyn Engine>, EngineError> {
         match runtime {

@@ -35,20 +35,38 @@ const MAX_ELEMENTS: u64 = 1 << 30;
 /// Tensors at an end of the graph above this size are a mistake, and would be allocated at once.
 const MAX_END_BYTES: usize = 256 << 20;
 
+/// Element types of the schema (`TensorType`).
+const UINT8: u8 = 3;
+const INT8: u8 = 9;
+
+/// Kind of the operator that turns numbers into others of another type, scale or zero point (`BuiltinOperator` of the schema).
+const QUANTIZE: u32 = 114;
+
 /// What a model takes and gives, as its file says.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub(super) struct ModelFile {
     /// The picture.
     pub(super) input: TensorSpec,
     /// Outputs of the main graph in its order, at least one.
     pub(super) outputs: Vec<TensorSpec>,
-    /// Operators of the main graph.
+    /// Operators of the main graph that are left.
     pub(super) operators: usize,
+    /// Whether the picture has to have the top bit of each byte flipped before the runtime gets it ([`leave_out_sign_change`]).
+    pub(super) flips: bool,
 }
 
 impl ModelFile {
     /// Refuses what is no TFLite model, models whose graphs refer to what is not there, and models that do not have exactly one
-    /// input and outputs of fixed shape and an [`ElementType`].
+    /// input and outputs of fixed shape and an [`ElementType`]. From the others it takes an operator out that the caller does better
+    /// ([`leave_out_sign_change`]).
+    pub(super) fn take(bytes: &mut [u8]) -> Result<Self, EngineError> {
+        let mut file = Self::read(bytes)?;
+        if leave_out_sign_change(bytes)? {
+            (file.flips, file.operators) = (true, file.operators - 1);
+        }
+        Ok(file)
+    }
+
     pub(super) fn read(bytes: &[u8]) -> Result<Self, EngineError> {
         if bytes.len() < MIN_BYTES || bytes.len() > MAX_BYTES {
             return Err(EngineError::Load(format!(
@@ -86,8 +104,110 @@ impl ModelFile {
             input,
             outputs,
             operators,
+            flips: false,
         })
     }
+}
+
+/// A model of signed bytes that was converted to take unsigned ones begins with an operator for that. Where it only flips the top bit of each byte (the
+/// same scale, a zero point that is 128 less), it is taken out, in place, and the picture becomes a tensor of signed bytes: XNNPACK leaves the
+/// operator to a built-in kernel, which multiplies each byte, in one thread. Says whether there was one.
+///
+/// `bytes` is an intact file.
+fn leave_out_sign_change(bytes: &mut [u8]) -> Result<bool, Broken> {
+    let Some(changes) = sign_change(bytes)? else {
+        return Ok(false);
+    };
+    for (at, changed) in changes {
+        bytes[at..at + changed.len()].copy_from_slice(&changed);
+    }
+    // Parts of a strange file may lie within each other.
+    check_model(bytes).map(|_| true)
+}
+
+/// Where bytes are changed, and into which.
+type Changes = Vec<(usize, Vec<u8>)>;
+
+/// What takes that operator out, if it is there.
+fn sign_change(bytes: &[u8]) -> Result<Option<Changes>, Broken> {
+    let model = Table::at(bytes, follow(bytes, 0)?)?;
+    let (codes, graphs) = (model.vector(1, MAX_PARTS)?, model.vector(2, MAX_GRAPHS)?);
+    if graphs.len != 1 {
+        return Ok(None);
+    }
+    let graph = graphs.table(0)?;
+    let tensors = graph.vector(0, MAX_PARTS)?;
+    let operators = graph.vector(3, MAX_PARTS)?;
+    if operators.len < 2 {
+        return Ok(None);
+    }
+    let first = operators.table(0)?;
+    let code = codes.table(first.u32(0)? as usize)?;
+    let (taken, given) = (first.vector(1, MAX_ENDS)?, first.vector(2, MAX_ENDS)?);
+    if code.u32(3)?.max(u32::from(code.u8(0)?)) != QUANTIZE || (taken.len, given.len) != (1, 1) {
+        return Ok(None);
+    }
+    let (unsigned, signed) = (taken.i32(0)?, given.i32(0)?);
+    if unsigned < 0 || graph.vector(1, MAX_ENDS)?.places(unsigned)?.is_empty() {
+        return Ok(None);
+    }
+    let picture = tensors.table(unsigned as usize)?;
+    let its_copy = tensors.table(signed as usize)?;
+    let quantizations = (quantization(&picture)?, quantization(&its_copy)?);
+    let (Some((scale, zero_point)), Some((its_scale, its_zero_point))) = quantizations else {
+        return Ok(None);
+    };
+    let (shape, its_shape) = (picture.vector(0, MAX_RANK)?, its_copy.vector(0, MAX_RANK)?);
+    let only_flips = (picture.u8(1)?, its_copy.u8(1)?) == (UINT8, INT8)
+        && scale.to_bits() == its_scale.to_bits()
+        && zero_point.checked_sub(128) == Some(its_zero_point)
+        && shape.content() == its_shape.content();
+    // Nobody else may see the one or make the other.
+    let mut others = vec![graph.vector(2, MAX_ENDS)?];
+    let mut readers = Vec::new();
+    for i in 1..operators.len {
+        let operator = operators.table(i)?;
+        others.push(operator.vector(2, MAX_ENDS)?);
+        let takes = operator.vector(1, MAX_ENDS)?;
+        readers.extend(takes.places(signed)?);
+        if !takes.places(unsigned)?.is_empty() {
+            return Ok(None);
+        }
+    }
+    for other in others {
+        if !other.places(unsigned)?.is_empty() || !other.places(signed)?.is_empty() {
+            return Ok(None);
+        }
+    }
+    // And what is changed of the picture's tensor belongs to no other.
+    let own_parts = |tensor: &Table<'_>| -> Result<_, Broken> {
+        let quantization = tensor.table(4)?;
+        let zero_points = quantization.map(|q| q.long_vector(3, MAX_PARTS));
+        Ok((tensor.field(1)?, zero_points.transpose()?.map(|z| z.at)))
+    };
+    let (Some(its_type), Some(its_zero_point_at)) = own_parts(&picture)? else {
+        return Ok(None);
+    };
+    for i in (0..tensors.len).filter(|&i| i != unsigned as usize) {
+        let (element, zero_points) = own_parts(&tensors.table(i)?)?;
+        if element == Some(its_type) || zero_points == Some(its_zero_point_at) {
+            return Ok(None);
+        }
+    }
+    let Some(list) = graph.field(3)?.filter(|_| only_flips) else {
+        return Ok(None);
+    };
+    let mut changes: Changes = readers
+        .into_iter()
+        .map(|at| (at, unsigned.to_le_bytes().to_vec()))
+        .collect();
+    changes.push((its_type, vec![INT8]));
+    changes.push((its_zero_point_at, its_zero_point.to_le_bytes().to_vec()));
+    // The list of operators begins at its second one, with its length in the place of the first.
+    let (distance, left) = (operators.at - list, operators.len - 1);
+    changes.push((list, (distance as u32).to_le_bytes().to_vec()));
+    changes.push((operators.at, (left as u32).to_le_bytes().to_vec()));
+    Ok(Some(changes))
 }
 
 /// What is wrong with a file.
@@ -198,8 +318,8 @@ fn tensor_spec(tensor: &Table<'_>, kind: &str, index: usize) -> Result<TensorSpe
     };
     let element = match tensor.u8(1)? {
         0 => ElementType::Float32,
-        3 => ElementType::UInt8,
-        9 => ElementType::Int8,
+        UINT8 => ElementType::UInt8,
+        INT8 => ElementType::Int8,
         other => {
             return Err(refuse(format!(
                 "has element type {}; expected int8, uint8 or float32",
@@ -429,6 +549,22 @@ impl<'a> Vector<'a> {
         Table::at(self.bytes, follow(self.bytes, self.at + 4 * index)?)
     }
 
+    /// The elements, as bytes.
+    fn content(&self) -> &'a [u8] {
+        &self.bytes[self.at..self.at + 4 * self.len]
+    }
+
+    /// Where the elements stand that are `value`.
+    fn places(&self, value: i32) -> Result<Vec<usize>, Broken> {
+        let mut places = Vec::new();
+        for i in 0..self.len {
+            if self.i32(i)? == value {
+                places.push(self.at + 4 * i);
+            }
+        }
+        Ok(places)
+    }
+
     /// All elements are at least `least` and below `count`.
     fn each_is_one_of(
         &self,
@@ -475,6 +611,54 @@ mod tests {
         assert!(check_model(MODEL).is_ok());
     }
 
+    fn fixture(name: &str) -> Vec<u8> {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        std::fs::read(root.join(format!("tests/fixtures/models/{name}.tflite"))).unwrap()
+    }
+
+    #[test]
+    fn an_operator_that_only_flips_the_top_bit_of_the_picture_is_taken_out() {
+        for (name, operators) in [("uint8", 6), ("uint8-two-outputs", 8)] {
+            let mut bytes = fixture(name);
+            let whole = ModelFile::read(&bytes).unwrap();
+            assert_eq!((whole.operators, whole.flips), (operators, false), "{name}");
+            let left = ModelFile::take(&mut bytes).unwrap();
+            assert_eq!((left.operators, left.flips), (operators - 1, true));
+            assert_eq!((&left.input, &left.outputs), (&whole.input, &whole.outputs));
+            // What the runtime sees.
+            let seen = ModelFile::read(&bytes).unwrap();
+            assert_eq!(seen.operators, operators - 1);
+            assert_eq!(seen.input.element, ElementType::Int8);
+            let zero_points = [&seen, &whole].map(|file| file.input.quant.unwrap().zero_point);
+            assert_eq!(zero_points[0], zero_points[1] - 128);
+            // There is only one.
+            let again = bytes.clone();
+            assert!(!ModelFile::take(&mut bytes).unwrap().flips && bytes == again);
+        }
+        for name in ["int8", "float32", "float32-four-labels"] {
+            let mut bytes = fixture(name);
+            let whole = bytes.clone();
+            assert!(!ModelFile::take(&mut bytes).unwrap().flips);
+            assert!(bytes == whole, "{name}");
+        }
+    }
+
+    #[test]
+    fn an_operator_that_does_more_stays() {
+        let sound = fixture("uint8");
+        let changes = sign_change(&sound).unwrap().unwrap();
+        // The zero point of the picture is eight bytes; any other one needs more than a flip.
+        let (at, _) = changes.iter().find(|(_, bytes)| bytes.len() == 8).unwrap();
+        let mut other = sound.clone();
+        other[*at] = 1;
+        assert_eq!(sign_change(&other), Ok(None));
+        // So does a picture of another type, which has one byte.
+        let (at, _) = changes.iter().find(|(_, bytes)| bytes.len() == 1).unwrap();
+        let mut other = sound;
+        other[*at] = INT8;
+        assert_eq!(sign_change(&other), Ok(None));
+    }
+
     #[test]
     fn every_changed_byte_and_every_cut_is_survived_and_each_kind_of_damage_is_seen() {
         let mut seen = BTreeSet::new();
@@ -482,8 +666,10 @@ mod tests {
             let mut damaged = MODEL.to_owned();
             for value in [0x00, 0x01, 0x7f, 0x80, 0xff] {
                 damaged[at] = value;
-                if let Err(Broken(what)) = check_model(&damaged) {
-                    seen.insert(what);
+                match check_model(&damaged) {
+                    Err(Broken(what)) => _ = seen.insert(what),
+                    // What is left of one that passes is intact too, or it is refused.
+                    Ok(_) => _ = leave_out_sign_change(&mut damaged.clone()),
                 }
             }
             let _ = check_model(&MODEL[..at]);

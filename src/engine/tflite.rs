@@ -7,7 +7,7 @@ use tflite::ops::builtin::BuiltinOpResolver;
 use tflite::{FlatBufferModel, Interpreter, InterpreterBuilder};
 
 use super::model_file::ModelFile;
-use super::{Engine, EngineError, EngineInfo, TensorSpec};
+use super::{Engine, EngineError, EngineInfo, TensorSpec, flip};
 
 /// Of the sources that crate tflite 0.9.8 has.
 const VERSION: &str = "1.15.5";
@@ -30,6 +30,7 @@ pub(super) fn load(bytes: &[u8], file: ModelFile, threads: usize) -> Result<TfLi
         },
         interpreter,
         input_specs: [file.input],
+        flips: file.flips,
         output_specs: file.outputs,
     };
     engine.check_sizes()?;
@@ -50,6 +51,8 @@ fn words(error: &tflite::Error) -> String {
 pub(super) struct TfLite {
     interpreter: Interpreter<'static, BuiltinOpResolver>,
     input_specs: [TensorSpec; 1],
+    /// See [`ModelFile`].
+    flips: bool,
     output_specs: Vec<TensorSpec>,
     info: EngineInfo,
 }
@@ -96,10 +99,11 @@ impl Engine for TfLite {
         self.input_specs[0].expect_input(input)?;
         let gone = || EngineError::Run("a tensor has no memory".to_owned());
         let index = self.interpreter.inputs()[0];
-        self.interpreter
-            .tensor_buffer_mut(index)
-            .ok_or_else(gone)?
-            .copy_from_slice(input);
+        let tensor = self.interpreter.tensor_buffer_mut(index).ok_or_else(gone)?;
+        tensor.copy_from_slice(input);
+        if self.flips {
+            flip(tensor);
+        }
         self.interpreter
             .invoke()
             .map_err(|error| EngineError::Run(words(&error)))?;

@@ -213,8 +213,8 @@ fn info_names_the_runtime_and_who_runs_the_operators() {
     );
     check(
         "uint8",
-        "XNNPACK (4 of 6 operators; on built-in kernels: 2 QUANTIZE)",
-        "built-in kernels (6 operators)",
+        "XNNPACK (4 of 5 operators; on built-in kernels: 1 QUANTIZE)",
+        "built-in kernels (5 operators)",
     );
     check(
         "float32-partly-delegated",
