@@ -27,6 +27,13 @@ pub struct Shared {
 /// A worker is at work until this is dropped.
 pub struct AtWork(Arc<Shared>);
 
+impl AtWork {
+    /// Whether no other worker is.
+    pub fn alone(&self) -> bool {
+        self.0.alone()
+    }
+}
+
 impl Drop for AtWork {
     fn drop(&mut self) {
         self.0.at_work.fetch_sub(1, Ordering::Relaxed);
@@ -58,6 +65,11 @@ impl Shared {
             Some(engine) => Ok(engine),
             none => Ok(none.insert((self.load)()?)),
         }
+    }
+
+    /// Whether one worker is at work at most.
+    fn alone(&self) -> bool {
+        self.at_work.load(Ordering::Relaxed) <= 1
     }
 
     /// Counts a worker as at work.
@@ -117,7 +129,7 @@ impl Engine for Either {
 
     fn run(&mut self, input: &[u8], outputs: &mut Vec<Vec<u8>>) -> Result<(), EngineError> {
         // Not waited for while there is another: a worker that hangs in it, or died in it, keeps it.
-        if self.shared.at_work.load(Ordering::Relaxed) <= 1
+        if self.shared.alone()
             && let Ok(mut shared) = self.shared.engine.try_lock()
             && let Some(engine) = shared.as_mut()
         {

@@ -103,10 +103,12 @@ pub fn start(
             context,
             classifier,
             stopwatch: its_own,
+            at_work: None,
         };
-        let mut at_work = None;
-        while let Some(candidate) = next(&candidates, &mut at_work, &mut worker.classifier) {
-            at_work = at_work.or_else(|| worker.classifier.at_work());
+        while let Some(candidate) = worker.next(&candidates) {
+            if worker.at_work.is_none() {
+                worker.at_work = worker.classifier.at_work();
+            }
             worker.stopwatch.stop();
             let path = candidate.path.clone();
             let disposition = catch_unwind(AssertUnwindSafe(|| worker.process(&candidate)))
@@ -127,38 +129,36 @@ pub fn start(
     })
 }
 
-/// Waits for the next file; whoever waits longer than [`BETWEEN`] is not at work, and after [`QUIET`] keeps only what a lone file needs.
-fn next(
-    candidates: &std_mpsc::Receiver<Candidate>,
-    at_work: &mut Option<AtWork>,
-    classifier: &mut Classifier,
-) -> Option<Candidate> {
-    if at_work.is_some()
-        && let Ok(candidate) = candidates.recv_timeout(BETWEEN)
-    {
-        return Some(candidate);
-    }
-    *at_work = None;
-    loop {
-        match candidates.recv_timeout(QUIET) {
-            Ok(candidate) => return Some(candidate),
-            Err(RecvTimeoutError::Disconnected) => return None,
-            Err(RecvTimeoutError::Timeout) if classifier.settle() => break,
-            Err(RecvTimeoutError::Timeout) => {}
-        }
-    }
-    candidates.recv().ok()
-}
-
 struct Worker {
     context: Context,
     classifier: Classifier,
     /// Started by the intake when it hands over a file. Runs while a file can make this worker hang: not while it waits for the folder or the
     /// ledger, where starting again would not help; the health board and the answers of the ledger tell of those.
     stopwatch: Stopwatch,
+    /// `None` while it has nothing to do, and where no other worker shares an engine with it.
+    at_work: Option<AtWork>,
 }
 
 impl Worker {
+    /// Waits for the next file; whoever waits longer than [`BETWEEN`] is not at work, and after [`QUIET`] keeps only what a lone file needs.
+    fn next(&mut self, candidates: &std_mpsc::Receiver<Candidate>) -> Option<Candidate> {
+        if self.at_work.is_some()
+            && let Ok(candidate) = candidates.recv_timeout(BETWEEN)
+        {
+            return Some(candidate);
+        }
+        self.at_work = None;
+        loop {
+            match candidates.recv_timeout(QUIET) {
+                Ok(candidate) => return Some(candidate),
+                Err(RecvTimeoutError::Disconnected) => return None,
+                Err(RecvTimeoutError::Timeout) if self.classifier.settle() => break,
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
+        candidates.recv().ok()
+    }
+
     fn process(&mut self, candidate: &Candidate) -> Disposition {
         let limits = &self.context.config.limits;
         // Canonical anew each time: the folder may be another mount by now.
@@ -375,6 +375,10 @@ impl Worker {
                 })
             }
         });
+        // What puts it on the disk is woken on this processor as a rule, and would wait for what comes now.
+        if self.at_work.as_ref().is_some_and(AtWork::alone) {
+            std::thread::yield_now();
+        }
         let Some(recorded) = recorded else {
             return Disposition::Blocked;
         };
