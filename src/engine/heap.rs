@@ -1,6 +1,6 @@
 //! What an engine leaves in the heap.
 
-// Besides the calls into libLiteRt.so the only unsafe code in the crate.
+// Not a call into a runtime.
 #![allow(unsafe_code)]
 
 /// Dropped after an engine: its memory goes back to the system. It lies among other blocks, where glibc would keep it.

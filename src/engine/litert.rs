@@ -14,15 +14,13 @@
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::mem::MaybeUninit;
-use std::os::fd::{IntoRawFd, OwnedFd, RawFd};
 use std::ptr::{self, NonNull};
 use std::sync::OnceLock;
 
 use litert_sys as sys;
-use rustix::fs::{MemfdFlags, memfd_create};
-use rustix::io::fcntl_dupfd_cloexec;
 
 use super::model_file::ModelFile;
+use super::packed::Packed;
 use super::{ElementType, Engine, EngineError, EngineInfo, ModelBytes, TensorSpec, flip, stderr};
 
 /// The first signature of the file; a file without any gets one from the runtime that stands for its main graph.
@@ -44,8 +42,6 @@ pub(super) fn load(
     let model = create_model(bytes)?;
     let signature_order = outputs_in_signature_order(&model)?;
 
-    let options = create_options(threads, bytes)?;
-    let compiled = compile(&environment, &model, &options)?;
     let taken = if flips {
         ElementType::Int8
     } else {
@@ -58,10 +54,7 @@ pub(super) fn load(
         .map(|spec| create_buffer(&environment, spec, spec.element))
         .collect::<Result<Vec<_>, _>>()?;
 
-    // Compiling accepts operators that the runtime does not have, among others: only running shows them.
-    run(&compiled, &input, &outputs, &signature_order)
-        .map_err(|status| EngineError::Load(format!("it does not run: {status}")))?;
-    let delegate = &bytes.0.litert.delegate;
+    let Common { packed, delegate } = &bytes.0.litert;
     if delegate.get().is_none() {
         let left = list_undelegated(
             bytes,
@@ -69,11 +62,14 @@ pub(super) fn load(
             &model,
             &input,
             &outputs,
-            &compiled,
             &signature_order,
         )?;
         delegate.get_or_init(|| describe_delegate(operators, &left));
+        packed.move_to_huge_pages();
     }
+    let options = create_options(threads, bytes)?;
+    let compiled = compile(&environment, &model, &options)?;
+    try_to_run(&compiled, &input, &outputs, &signature_order)?;
     let delegate = delegate.get().expect("just found").clone();
     let version = env!("SCANSENTRY_LITERT_VERSION").to_owned();
     Ok(LiteRt {
@@ -100,21 +96,9 @@ pub(super) fn load(
 /// What the first engine of a model leaves for the others.
 #[derive(Debug, Default)]
 pub(super) struct Common {
-    /// The weights as XNNPACK packs them for this processor, in a file in memory: the first engine writes it, all map it. `None` where the kernel
-    /// has no such files; then each has its own copy.
-    packed: OnceLock<Option<OwnedFd>>,
+    packed: Packed,
     /// Who runs the operators.
     delegate: OnceLock<String>,
-}
-
-impl Common {
-    /// A descriptor of the packed weights for XNNPACK, which will close it.
-    fn packed(&self) -> Option<RawFd> {
-        let make = || memfd_create("packed weights", MemfdFlags::CLOEXEC).ok();
-        let packed = self.packed.get_or_init(make).as_ref()?;
-        // Not where standard input, output and error belong; 0 would mean that there is none.
-        Some(fcntl_dupfd_cloexec(packed, 3).ok()?.into_raw_fd())
-    }
 }
 
 /// A model compiled by LiteRT for the CPU, with its input and output buffers.
@@ -215,7 +199,7 @@ fn create_options(
     .map_err(failed)?;
 
     // What `LrtGetOpaqueCpuOptionsData` of litert_cpu_options.h makes; the library does not export that function.
-    let packed = model.0.litert.packed();
+    let packed = model.0.litert.packed.descriptor();
     let packed = packed.map(|descriptor| format!("weight_cache_file_descriptor = {descriptor}\n"));
     let toml = format!("num_threads = {threads}\n{}", packed.unwrap_or_default());
     add_opaque_options(&options, c"xnnpack", &toml).map_err(failed)?;
@@ -285,6 +269,17 @@ fn run(
     })
 }
 
+/// Runs a model that has just been compiled: compiling accepts operators that the runtime does not have, among others.
+fn try_to_run(
+    compiled: &Owned<sys::LiteRtCompiledModelT>,
+    input: &Owned<sys::LiteRtTensorBufferT>,
+    outputs: &[Owned<sys::LiteRtTensorBufferT>],
+    signature_order: &[usize],
+) -> Result<(), EngineError> {
+    run(compiled, input, outputs, signature_order)
+        .map_err(|status| EngineError::Load(format!("it does not run: {status}")))
+}
+
 /// Who runs the operators of the main graph, given the kinds of those that XNNPACK leaves to the built-in kernels.
 fn describe_delegate(operators: usize, left: &[String]) -> String {
     let share = format!(
@@ -307,21 +302,16 @@ fn describe_delegate(operators: usize, left: &[String]) -> String {
 
 /// The kinds of the operators that XNNPACK leaves to the built-in kernels, one entry an operator.
 ///
-/// The runtime says by itself only whether there are any. If so, a second copy of the model is compiled with the profiler,
-/// run once on zeros, and thrown away: that costs one more load.
+/// Only a profiler says which. So a copy of the model is compiled with one, run on zeros, and thrown away; it also packs the weights for the engines that
+/// come after it.
 fn list_undelegated(
     bytes: &ModelBytes,
     environment: &Owned<sys::LiteRtEnvironmentT>,
     model: &Owned<sys::LiteRtModelT>,
     input: &Owned<sys::LiteRtTensorBufferT>,
     outputs: &[Owned<sys::LiteRtTensorBufferT>],
-    compiled: &Owned<sys::LiteRtCompiledModelT>,
     signature_order: &[usize],
 ) -> Result<Vec<String>, EngineError> {
-    // SAFETY: the handle is live; the last argument is written to.
-    if get(|out| unsafe { sys::LiteRtCompiledModelIsFullyAccelerated(compiled.raw(), out) })? {
-        return Ok(Vec::new());
-    }
     let failed = |status: Status| EngineError::Load(format!("the profiler fails: {status}"));
     let options = create_options(1, bytes)?;
     add_opaque_options(
@@ -334,7 +324,7 @@ fn list_undelegated(
     // SAFETY (here and below): the copy is live and owns the profiler; the last argument is written to.
     let profiler = get(|out| unsafe { sys::LiteRtCompiledModelGetProfiler(copy.raw(), out) })?;
     check(unsafe { profiling::LiteRtStartProfiler(profiler) }).map_err(failed)?;
-    run(&copy, input, outputs, signature_order).map_err(failed)?;
+    try_to_run(&copy, input, outputs, signature_order)?;
     check(unsafe { profiling::LiteRtStopProfiler(profiler) }).map_err(failed)?;
 
     let count = get(|out| unsafe { profiling::LiteRtGetNumProfilerEvents(profiler, out) })?;
@@ -614,12 +604,12 @@ mod tests {
 
     use rustix::fs::fstat;
 
+    use super::super::packed::HUGE_PAGE;
     use super::super::{Runtime, load};
     use super::*;
 
     fn inode(model: &ModelBytes) -> u64 {
-        let packed = model.0.litert.packed.get().unwrap().as_ref().unwrap();
-        fstat(packed).unwrap().st_ino
+        fstat(model.0.litert.packed.file()).unwrap().st_ino
     }
 
     /// Descriptors of the packed weights of `model` in this process.
@@ -677,6 +667,9 @@ mod tests {
         let mut engines = vec![load(2)];
         // The one that writes the file may map it in pieces.
         let first = mapped(&model);
+        // All engines can map them as huge pages, and none packs its own.
+        let size = fstat(model.0.litert.packed.file()).unwrap().st_size;
+        assert_eq!(size % HUGE_PAGE as i64, 0);
         engines.extend([load(1), load(1)]);
         assert_eq!(mapped(&model), first + 2);
         let mut answers = Vec::new();

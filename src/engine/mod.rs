@@ -9,6 +9,8 @@ mod helpers;
 #[cfg(litert)]
 mod litert;
 mod model_file;
+#[cfg(litert)]
+mod packed;
 mod shared;
 mod stderr;
 #[cfg(tflite)]
