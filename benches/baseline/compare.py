@@ -206,6 +206,11 @@ class SmallBoard:
         for group in self.groups:
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
+    def wait_until_empty(self):
+        """The one before may be slow to end, in the time of the next."""
+        while any((group / "cgroup.procs").read_text() for group in self.groups):
+            time.sleep(0.01)
+
     def remove(self):
         for group in self.groups:
             group.rmdir()
@@ -217,6 +222,8 @@ class Daemon:
         self.environment = os.environ | environment
         # Into a file: read here line by line, it would take time from the broker and the subscriber.
         log = folder.parent / "log"
+        if board:
+            board.wait_until_empty()
         start = time.perf_counter()
         with log.open("wb") as to:
             self.process = subprocess.Popen(command, env=self.environment, preexec_fn=board and board.enter, stdout=to, stderr=to)

@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use serde::Serialize;
 
-use heap::GivenBack;
+use heap::{GivenBack, give_back};
 use helpers::{Helped, Helpers};
 use model_file::ModelFile;
 use shared::Either;
@@ -216,6 +216,8 @@ pub fn load(
     };
     let (engine, helpers) = Helpers::of(|| stderr::explained(load));
     let engine = engine?;
+    // Loading needs more than what stays, and the next one is loaded beside this.
+    give_back();
     Ok(Box::new(Helped {
         engine,
         helpers,
