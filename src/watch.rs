@@ -185,8 +185,10 @@ fn identity_of(path: &Path) -> Result<Identity, String> {
     let text = |e: std::io::Error| e.to_string();
     // With the dot, it has to be allowed to look at what is in it.
     let metadata = std::fs::metadata(path.join(".")).map_err(text)?;
-    // Not by opening it, which is an event, too.
     rustix::fs::access(path, rustix::fs::Access::READ_OK).map_err(|e| text(e.into()))?;
+    // Whether there are descriptors left. Opened to be read, it would be a file event.
+    let place = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+    rustix::fs::open(path, place, rustix::fs::Mode::empty()).map_err(|e| text(e.into()))?;
     let flags = rustix::fs::StatxFlags::MNT_ID;
     let mount = rustix::fs::statx(rustix::fs::CWD, path, rustix::fs::AtFlags::empty(), flags);
     // Before Linux 5.8 there is neither.
