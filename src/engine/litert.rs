@@ -69,7 +69,7 @@ pub(super) fn load(
     }
     let options = create_options(threads, bytes)?;
     let compiled = compile(&environment, &model, &options)?;
-    try_to_run(&compiled, &input, &outputs, &signature_order)?;
+    run(&compiled, &input, &outputs, &signature_order).map_err(does_not_run)?;
     let delegate = delegate.get().expect("just found").clone();
     let version = env!("SCANSENTRY_LITERT_VERSION").to_owned();
     Ok(LiteRt {
@@ -269,15 +269,9 @@ fn run(
     })
 }
 
-/// Runs a model that has just been compiled: compiling accepts operators that the runtime does not have, among others.
-fn try_to_run(
-    compiled: &Owned<sys::LiteRtCompiledModelT>,
-    input: &Owned<sys::LiteRtTensorBufferT>,
-    outputs: &[Owned<sys::LiteRtTensorBufferT>],
-    signature_order: &[usize],
-) -> Result<(), EngineError> {
-    run(compiled, input, outputs, signature_order)
-        .map_err(|status| EngineError::Load(format!("it does not run: {status}")))
+/// Compiling accepts operators that the runtime does not have, among others: only running shows them.
+fn does_not_run(status: Status) -> EngineError {
+    EngineError::Load(format!("it does not run: {status}"))
 }
 
 /// Who runs the operators of the main graph, given the kinds of those that XNNPACK leaves to the built-in kernels.
@@ -324,7 +318,7 @@ fn list_undelegated(
     // SAFETY (here and below): the copy is live and owns the profiler; the last argument is written to.
     let profiler = get(|out| unsafe { sys::LiteRtCompiledModelGetProfiler(copy.raw(), out) })?;
     check(unsafe { profiling::LiteRtStartProfiler(profiler) }).map_err(failed)?;
-    try_to_run(&copy, input, outputs, signature_order)?;
+    run(&copy, input, outputs, signature_order).map_err(does_not_run)?;
     check(unsafe { profiling::LiteRtStopProfiler(profiler) }).map_err(failed)?;
 
     let count = get(|out| unsafe { profiling::LiteRtGetNumProfilerEvents(profiler, out) })?;

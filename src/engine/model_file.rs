@@ -67,6 +67,7 @@ impl ModelFile {
         Ok(file)
     }
 
+    /// The same, and takes nothing out.
     pub(super) fn read(bytes: &[u8]) -> Result<Self, EngineError> {
         if bytes.len() < MIN_BYTES || bytes.len() > MAX_BYTES {
             return Err(EngineError::Load(format!(
@@ -148,7 +149,7 @@ fn sign_change(bytes: &[u8]) -> Result<Option<Changes>, Broken> {
         return Ok(None);
     }
     let (unsigned, signed) = (taken.i32(0)?, given.i32(0)?);
-    if unsigned < 0 || graph.vector(1, MAX_ENDS)?.places(unsigned)?.is_empty() {
+    if unsigned < 0 || !graph.vector(1, MAX_ENDS)?.has(unsigned) {
         return Ok(None);
     }
     let picture = tensors.table(unsigned as usize)?;
@@ -162,22 +163,26 @@ fn sign_change(bytes: &[u8]) -> Result<Option<Changes>, Broken> {
         && scale.to_bits() == its_scale.to_bits()
         && zero_point.checked_sub(128) == Some(its_zero_point)
         && shape.content() == its_shape.content();
+    if !only_flips {
+        return Ok(None);
+    }
     // Nobody else may see the one or make the other.
-    let mut others = vec![graph.vector(2, MAX_ENDS)?];
     let mut readers = Vec::new();
+    let mut made = vec![graph.vector(2, MAX_ENDS)?];
     for i in 1..operators.len {
         let operator = operators.table(i)?;
-        others.push(operator.vector(2, MAX_ENDS)?);
         let takes = operator.vector(1, MAX_ENDS)?;
-        readers.extend(takes.places(signed)?);
-        if !takes.places(unsigned)?.is_empty() {
+        if takes.has(unsigned) {
             return Ok(None);
         }
+        readers.extend(takes.places(signed));
+        made.push(operator.vector(2, MAX_ENDS)?);
     }
-    for other in others {
-        if !other.places(unsigned)?.is_empty() || !other.places(signed)?.is_empty() {
-            return Ok(None);
-        }
+    if made
+        .iter()
+        .any(|ends| ends.has(unsigned) || ends.has(signed))
+    {
+        return Ok(None);
     }
     // And what is changed of the picture's tensor belongs to no other.
     let own_parts = |tensor: &Table<'_>| -> Result<_, Broken> {
@@ -194,7 +199,7 @@ fn sign_change(bytes: &[u8]) -> Result<Option<Changes>, Broken> {
             return Ok(None);
         }
     }
-    let Some(list) = graph.field(3)?.filter(|_| only_flips) else {
+    let Some(list) = graph.field(3)? else {
         return Ok(None);
     };
     let mut changes: Changes = readers
@@ -555,14 +560,15 @@ impl<'a> Vector<'a> {
     }
 
     /// Where the elements stand that are `value`.
-    fn places(&self, value: i32) -> Result<Vec<usize>, Broken> {
-        let mut places = Vec::new();
-        for i in 0..self.len {
-            if self.i32(i)? == value {
-                places.push(self.at + 4 * i);
-            }
-        }
-        Ok(places)
+    fn places(&self, value: i32) -> impl Iterator<Item = usize> {
+        let (elements, _) = self.content().as_chunks();
+        let of_value = move |(_, element): &(usize, &[u8; 4])| **element == value.to_le_bytes();
+        let found = elements.iter().enumerate().filter(of_value);
+        found.map(|(i, _)| self.at + 4 * i)
+    }
+
+    fn has(&self, value: i32) -> bool {
+        self.places(value).next().is_some()
     }
 
     /// All elements are at least `least` and below `count`.

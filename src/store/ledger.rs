@@ -951,7 +951,7 @@ impl Ledger {
         }
         let changed = due(
             self,
-            "alert_open = 1 AND positives != alert_positives AND alert_at <= ?1",
+            &format!("{ALERT_BEHIND} AND alert_at <= ?1"),
             update_before,
         )?;
         let updated = changed.len();
@@ -967,13 +967,15 @@ impl Ledger {
     /// When [`Self::tend_studies`] will find the next study to close, after `quiet_s` without an outcome (`None`: none is to be closed), or the next
     /// alert to update, `update_s` after its last message. Seconds, as everywhere.
     pub fn studies_due(&self, quiet_s: Option<i64>, update_s: i64) -> Result<Option<i64>> {
-        let earliest = "SELECT min(due) FROM (
+        let earliest = format!(
+            "SELECT min(due) FROM (
              SELECT active_at + ?1 AS due FROM study WHERE open = 1
              UNION ALL
-             SELECT alert_at + ?2 FROM study WHERE open = 1 AND alert_open = 1 AND positives != alert_positives)";
+             SELECT alert_at + ?2 FROM study WHERE open = 1 AND {ALERT_BEHIND})"
+        );
         Ok(self
             .conn
-            .prepare_cached(earliest)?
+            .prepare_cached(&earliest)?
             .query_row([quiet_s, Some(update_s)], |row| row.get(0))?)
     }
 
@@ -1417,6 +1419,9 @@ impl Ledger {
 /// What a [`Selection`] asks of a scan, with its values as the first five.
 const SELECTED: &str = "done_at >= ?1 AND done_at < ?2 AND (?3 IS NULL OR decision = ?3) AND (NOT ?4 OR outcome = 'rejected')
   AND (?5 IS NULL OR reason = ?5)";
+
+/// Studies whose alert does not say how many positive pictures there are by now.
+const ALERT_BEHIND: &str = "alert_open = 1 AND positives != alert_positives";
 
 const STUDY_COLUMNS: &str = "SELECT study_id, opened_at, last_at, images, positives, rejected, max_probability, top_scan, alert_revision,
   open, alert_open, alert_positives, closings FROM study";
