@@ -417,23 +417,62 @@ pub(crate) fn without_needless_colour(picture: Picture) -> Picture {
     let Picture::Rgb(image) = picture else {
         return picture;
     };
-    let (pixels, _) = image.as_raw().as_chunks::<3>();
-    let mut gray = Vec::with_capacity(pixels.len());
-    // As many pixels at a time as stay in the processor's cache between the look at them and the copy.
-    let all_gray = vectorized(
+    let (width, height) = image.dimensions();
+    let mut samples = image.into_raw();
+    let pixels = samples.len() / 3;
+    // The levels take the place of pixels that have been looked at: this is when a large picture needs most memory. As many at a time as stay in the
+    // processor's cache between the look at them and the copy.
+    let mut grays = 0;
+    vectorized(
         #[inline(always)]
         || {
-            pixels.chunks(1024).all(|part| {
+            let mut part = [[0; 3]; 1024];
+            while grays < pixels {
+                let part = &mut part[..(pixels - grays).min(1024)];
+                let bytes = part.as_flattened_mut();
+                bytes.copy_from_slice(&samples[3 * grays..][..bytes.len()]);
                 let apart = |[r, g, b]: &[u8; 3]| (r ^ g) | (g ^ b);
-                let same = part.iter().map(apart).fold(0, |all, apart| all | apart) == 0;
-                gray.extend(part.iter().map(|[level, _, _]| *level));
-                same
-            })
+                if part.iter().map(apart).fold(0, |all, apart| all | apart) != 0 {
+                    break;
+                }
+                for (sample, [level, _, _]) in samples[grays..].iter_mut().zip(part.iter()) {
+                    *sample = *level;
+                }
+                grays += part.len();
+            }
         },
     );
-    if !all_gray {
-        return Picture::Rgb(image);
+    if grays < pixels {
+        for i in (0..grays).rev() {
+            let level = samples[i];
+            samples[3 * i..][..3].fill(level);
+        }
+        return Picture::Rgb(RgbImage::from_raw(width, height, samples).expect("as it was"));
     }
-    let (width, height) = image.dimensions();
-    Picture::Gray(GrayImage::from_raw(width, height, gray).expect("one level for each pixel"))
+    samples.truncate(pixels);
+    samples.shrink_to_fit();
+    Picture::Gray(GrayImage::from_raw(width, height, samples).expect("one level for each pixel"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_picture_loses_its_colour_only_if_no_pixel_has_any() {
+        for pixels in [1, 1023, 1024, 1025, 3000] {
+            let rgb = |data| Picture::Rgb(RgbImage::from_raw(pixels, 1, data).unwrap());
+            let levels: Vec<u8> = (0..pixels).map(|i| (i * 7 % 251) as u8).collect();
+            let colour: Vec<u8> = levels.iter().flat_map(|&level| [level; 3]).collect();
+            let gray = GrayImage::from_raw(pixels, 1, levels).unwrap();
+            let found = without_needless_colour(rgb(colour.clone()));
+            assert!(found == Picture::Gray(gray), "{pixels}");
+            for coloured in [0, colour.len() / 2, colour.len() - 1] {
+                let mut colour = colour.clone();
+                colour[coloured] ^= 1;
+                let found = without_needless_colour(rgb(colour.clone()));
+                assert!(found == rgb(colour), "{pixels}, {coloured}");
+            }
+        }
+    }
 }
