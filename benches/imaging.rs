@@ -49,7 +49,7 @@ impl Stages {
                 quant,
             )
             .expect("valid parameters"),
-            tensor: Vec::new(),
+            tensor: vec![0; 224 * 224 * 3],
         }
     }
 }

@@ -194,7 +194,6 @@ pub struct Classifier {
     quality: Quality,
     /// Whether to keep what the model saw, for previews.
     keep_seen: bool,
-    tensor: Vec<u8>,
     outputs: Vec<Vec<u8>>,
 }
 
@@ -298,7 +297,6 @@ impl Classifier {
             quantizer,
             quality: config.quality,
             keep_seen,
-            tensor: Vec::new(),
             outputs: Vec::new(),
         })
     }
@@ -420,12 +418,15 @@ impl Classifier {
         });
         let roi_done = Instant::now();
         let resized = self.resizer.resize(picture, roi);
-        self.quantizer.quantize(resized, &mut self.tensor);
         let seen = self.keep_seen.then(|| resized.clone());
-        let resize_done = Instant::now();
+        let mut resize_done = Instant::now();
+        let mut fill = |tensor: &mut [u8]| {
+            self.quantizer.quantize(resized, tensor);
+            resize_done = Instant::now();
+        };
         let failed = |e: String| RejectReason::new(RejectCode::InferenceFailed, e);
         self.engine
-            .run(&self.tensor, &mut self.outputs)
+            .run_filled(&mut fill, &mut self.outputs)
             .map_err(|e| failed(e.to_string()))?;
         let manifest = &self.recipe.bundle.manifest;
         let specs = self.engine.outputs();

@@ -116,9 +116,13 @@ impl Engine for Helped {
         self.engine.outputs()
     }
 
-    fn run(&mut self, input: &[u8], outputs: &mut Vec<Vec<u8>>) -> Result<(), EngineError> {
+    fn run_filled(
+        &mut self,
+        fill: &mut dyn FnMut(&mut [u8]),
+        outputs: &mut Vec<Vec<u8>>,
+    ) -> Result<(), EngineError> {
         let _held = self.helpers.apart();
-        self.engine.run(input, outputs)
+        self.engine.run_filled(fill, outputs)
     }
 }
 

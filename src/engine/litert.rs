@@ -48,7 +48,9 @@ pub(super) fn load(
         input_spec.element
     };
     let input = create_buffer(&environment, &input_spec, taken)?;
-    write_buffer(&input, &vec![0; input_spec.bytes()], flips)?;
+    write_buffer(&input, input_spec.bytes(), flips, &mut |tensor| {
+        tensor.fill(0);
+    })?;
     let outputs = output_specs
         .iter()
         .map(|spec| create_buffer(&environment, spec, spec.element))
@@ -137,9 +139,12 @@ impl Engine for LiteRt {
         &self.output_specs
     }
 
-    fn run(&mut self, input: &[u8], outputs: &mut Vec<Vec<u8>>) -> Result<(), EngineError> {
-        self.input_specs[0].expect_input(input)?;
-        write_buffer(&self.input, input, self.flips)?;
+    fn run_filled(
+        &mut self,
+        fill: &mut dyn FnMut(&mut [u8]),
+        outputs: &mut Vec<Vec<u8>>,
+    ) -> Result<(), EngineError> {
+        write_buffer(&self.input, self.input_specs[0].bytes(), self.flips, fill)?;
         run(
             &self.compiled,
             &self.input,
@@ -412,21 +417,20 @@ fn create_buffer(
     })
 }
 
-/// Copies `bytes`, exactly as many as the buffer was made for, into the buffer, flipped where the model `flips` them.
+/// Has `fill` write the buffer's `len` bytes, exactly as many as it was made for, and flips them where the model `flips` them.
 fn write_buffer(
     buffer: &Owned<sys::LiteRtTensorBufferT>,
-    bytes: &[u8],
+    len: usize,
     flips: bool,
+    fill: &mut dyn FnMut(&mut [u8]),
 ) -> Result<(), EngineError> {
     let memory = lock(buffer, sys::kLiteRtTensorBufferLockModeWrite)?;
-    // SAFETY: the buffer was created with this many bytes, is host memory, and is locked until the call below; the slice is of what has just been copied,
-    // and ends before it.
-    let copied = unsafe {
-        ptr::copy_nonoverlapping(bytes.as_ptr(), memory.as_ptr(), bytes.len());
-        std::slice::from_raw_parts_mut(memory.as_ptr(), bytes.len())
-    };
+    // SAFETY: the buffer was created with `len` bytes, is host memory that has been written at least once, and is locked until the call below; the slice ends
+    // before it.
+    let tensor = unsafe { std::slice::from_raw_parts_mut(memory.as_ptr(), len) };
+    fill(tensor);
     if flips {
-        flip(copied);
+        flip(tensor);
     }
     unlock(buffer)
 }

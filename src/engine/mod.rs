@@ -29,20 +29,6 @@ use shared::Either;
 pub use crate::tensor::{ElementType, QuantParams, TensorSpec};
 pub use shared::{AtWork, Shared};
 
-impl TensorSpec {
-    /// `input` is as long as this tensor.
-    fn expect_input(&self, input: &[u8]) -> Result<(), EngineError> {
-        let expected = self.bytes();
-        if input.len() == expected {
-            return Ok(());
-        }
-        Err(EngineError::Run(format!(
-            "input has {} bytes; the model takes {expected}",
-            input.len()
-        )))
-    }
-}
-
 /// Between unsigned bytes and signed ones whose zero point is 128 less.
 fn flip(bytes: &mut [u8]) {
     for byte in bytes {
@@ -108,9 +94,24 @@ pub trait Engine: Send {
     fn inputs(&self) -> &[TensorSpec];
     /// Output tensors in the model's order.
     fn outputs(&self) -> &[TensorSpec];
-    /// Runs the model on the single input; `input` has exactly `inputs()[0].bytes()` bytes, and afterwards
+    /// Runs the model on what `fill` makes of the single input: it is called once, with exactly `inputs()[0].bytes()` bytes of any content. Afterwards
     /// `outputs[i]` has exactly `outputs()[i].bytes()` bytes (the vectors are reused, not reallocated).
-    fn run(&mut self, input: &[u8], outputs: &mut Vec<Vec<u8>>) -> Result<(), EngineError>;
+    fn run_filled(
+        &mut self,
+        fill: &mut dyn FnMut(&mut [u8]),
+        outputs: &mut Vec<Vec<u8>>,
+    ) -> Result<(), EngineError>;
+    /// The same on a copy of `input`.
+    fn run(&mut self, input: &[u8], outputs: &mut Vec<Vec<u8>>) -> Result<(), EngineError> {
+        let expected = self.inputs()[0].bytes();
+        if input.len() != expected {
+            return Err(EngineError::Run(format!(
+                "input has {} bytes; the model takes {expected}",
+                input.len()
+            )));
+        }
+        self.run_filled(&mut |tensor| tensor.copy_from_slice(input), outputs)
+    }
     /// There has been nothing to run for a while: lets go of what only many pictures at a time need. Whether it could; else it is worth another try.
     fn settle(&mut self) -> bool {
         true

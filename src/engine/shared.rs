@@ -127,20 +127,24 @@ impl Engine for Either {
         &self.shared.outputs
     }
 
-    fn run(&mut self, input: &[u8], outputs: &mut Vec<Vec<u8>>) -> Result<(), EngineError> {
+    fn run_filled(
+        &mut self,
+        fill: &mut dyn FnMut(&mut [u8]),
+        outputs: &mut Vec<Vec<u8>>,
+    ) -> Result<(), EngineError> {
         // Not waited for while there is another: a worker that hangs in it, or died in it, keeps it.
         if self.shared.alone()
             && let Ok(mut shared) = self.shared.engine.try_lock()
             && let Some(engine) = shared.as_mut()
         {
-            return engine.run(input, outputs);
+            return engine.run_filled(fill, outputs);
         }
         if let Some(own) = self.own() {
-            return own.run(input, outputs);
+            return own.run_filled(fill, outputs);
         }
         let shared = self.shared.engine.lock();
         let mut shared = shared.unwrap_or_else(PoisonError::into_inner);
-        self.shared.loaded(&mut shared)?.run(input, outputs)
+        self.shared.loaded(&mut shared)?.run_filled(fill, outputs)
     }
 
     fn settle(&mut self) -> bool {
@@ -193,7 +197,11 @@ mod tests {
             &[]
         }
 
-        fn run(&mut self, _: &[u8], outputs: &mut Vec<Vec<u8>>) -> Result<(), EngineError> {
+        fn run_filled(
+            &mut self,
+            _: &mut dyn FnMut(&mut [u8]),
+            outputs: &mut Vec<Vec<u8>>,
+        ) -> Result<(), EngineError> {
             *outputs = vec![vec![self.0.threads as u8]];
             Ok(())
         }
@@ -215,7 +223,7 @@ mod tests {
         assert_eq!(engine.info().threads, 2);
         let threads = |engine: &mut Either| {
             let mut outputs = Vec::new();
-            engine.run(&[], &mut outputs).unwrap();
+            engine.run_filled(&mut |_| (), &mut outputs).unwrap();
             outputs[0][0]
         };
         let count = |of: &Arc<AtomicUsize>| of.load(Ordering::Relaxed);
@@ -276,13 +284,13 @@ mod tests {
         });
         holding.recv().unwrap();
         let mut outputs = Vec::new();
-        engine.run(&[], &mut outputs).unwrap();
+        engine.run_filled(&mut |_| (), &mut outputs).unwrap();
         assert_eq!(outputs, [[2]]);
         other.join().unwrap();
 
         let load_own = || Err(EngineError::Load("no memory".to_owned()));
         let mut engine = Either::new(shared.clone(), Box::new(load_own));
-        engine.run(&[], &mut outputs).unwrap();
+        engine.run_filled(&mut |_| (), &mut outputs).unwrap();
         assert_eq!(outputs, [[3]], "it went for one that did not load");
     }
 }

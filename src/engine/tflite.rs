@@ -95,12 +95,15 @@ impl Engine for TfLite {
         &self.output_specs
     }
 
-    fn run(&mut self, input: &[u8], outputs: &mut Vec<Vec<u8>>) -> Result<(), EngineError> {
-        self.input_specs[0].expect_input(input)?;
+    fn run_filled(
+        &mut self,
+        fill: &mut dyn FnMut(&mut [u8]),
+        outputs: &mut Vec<Vec<u8>>,
+    ) -> Result<(), EngineError> {
         let gone = || EngineError::Run("a tensor has no memory".to_owned());
         let index = self.interpreter.inputs()[0];
         let tensor = self.interpreter.tensor_buffer_mut(index).ok_or_else(gone)?;
-        tensor.copy_from_slice(input);
+        fill(tensor);
         if self.flips {
             flip(tensor);
         }

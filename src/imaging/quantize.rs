@@ -163,16 +163,25 @@ impl Quantizer {
         })
     }
 
-    /// Fills `tensor` with the elements of `picture`: height x width x [`ColorOrder::channels`], floats in native byte
-    /// order. The vector is reused when its length fits.
-    pub fn quantize(&self, picture: &Picture, tensor: &mut Vec<u8>) {
-        let pixels = picture.width() as usize * picture.height() as usize;
-        let width = if matches!(self.table, Table::Floats(_)) {
+    /// Bytes of the tensor of a picture of `width` x `height` pixels.
+    fn tensor_len(&self, width: u32, height: u32) -> usize {
+        let element = if matches!(self.table, Table::Floats(_)) {
             4
         } else {
             1
         };
-        tensor.resize(pixels * self.order.channels() * width, 0);
+        width as usize * height as usize * self.order.channels() * element
+    }
+
+    /// Fills `tensor` with the elements of `picture`: height x width x [`ColorOrder::channels`], floats in native byte
+    /// order.
+    ///
+    /// # Panics
+    ///
+    /// If `tensor` is not exactly as long.
+    pub fn quantize(&self, picture: &Picture, tensor: &mut [u8]) {
+        let len = self.tensor_len(picture.width(), picture.height());
+        assert_eq!(tensor.len(), len, "bytes of the tensor");
         match &self.table {
             Table::Identity => vectorized(
                 #[inline(always)]
@@ -282,10 +291,9 @@ mod tests {
         element: ElementType,
         quant: Option<QuantParams>,
     ) -> Vec<u8> {
-        let mut tensor = Vec::new();
-        Quantizer::new(normalization, order, element, quant)
-            .unwrap()
-            .quantize(picture, &mut tensor);
+        let quantizer = Quantizer::new(normalization, order, element, quant).unwrap();
+        let mut tensor = vec![0; quantizer.tensor_len(picture.width(), picture.height())];
+        quantizer.quantize(picture, &mut tensor);
         tensor
     }
 
