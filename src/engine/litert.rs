@@ -425,8 +425,8 @@ fn write_buffer(
     fill: &mut dyn FnMut(&mut [u8]),
 ) -> Result<(), EngineError> {
     let memory = lock(buffer, sys::kLiteRtTensorBufferLockModeWrite)?;
-    // SAFETY: the buffer was created with `len` bytes, is host memory that has been written at least once, and is locked until the call below; the slice ends
-    // before it.
+    // SAFETY: the buffer was created with `len` bytes, is host memory of the runtime, whose bytes have some value, and is locked until the call below; the slice
+    // ends before it.
     let tensor = unsafe { std::slice::from_raw_parts_mut(memory.as_ptr(), len) };
     fill(tensor);
     if flips {
