@@ -1,4 +1,4 @@
-//! What an engine leaves in the heap, when it goes and when it has been loaded.
+//! What an engine leaves in the heap, when it goes and when a worker's own has been loaded.
 
 // Not a call into a runtime.
 #![allow(unsafe_code)]

@@ -216,11 +216,8 @@ pub fn load(
         }
     };
     let (engine, helpers) = Helpers::of(|| stderr::explained(load));
-    let engine = engine?;
-    // Loading needs more than what stays, and the next one is loaded beside this.
-    give_back();
     Ok(Box::new(Helped {
-        engine,
+        engine: engine?,
         helpers,
         _memory: GivenBack,
     }))
@@ -229,6 +226,11 @@ pub fn load(
 /// The `shared` engine of that model for when no other worker is at work, and one with one thread for when others are, loaded when it is needed.
 pub fn load_beside(runtime: Runtime, model: &ModelBytes, shared: Arc<Shared>) -> Box<dyn Engine> {
     let model = model.clone();
-    let load_own = Box::new(move || load(runtime, &model, 1));
-    Box::new(Either::new(shared, load_own))
+    let load_own = move || {
+        let engine = load(runtime, &model, 1)?;
+        // Loading needs more than what stays, and another worker's is loaded beside this. Not after the shared one, for it tears huge pages apart.
+        give_back();
+        Ok(engine)
+    };
+    Box::new(Either::new(shared, Box::new(load_own)))
 }
