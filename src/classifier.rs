@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use image::RgbImage;
 use serde::Serialize;
@@ -419,10 +419,13 @@ impl Classifier {
         let roi_done = Instant::now();
         let resized = self.resizer.resize(picture, roi);
         let seen = self.keep_seen.then(|| resized.clone());
-        let mut resize_done = Instant::now();
+        let resize_done = Instant::now();
+        // In the midst of the engine's time, which includes waiting for it and loading it.
+        let mut quantizing = Duration::ZERO;
         let mut fill = |tensor: &mut [u8]| {
+            let start = Instant::now();
             self.quantizer.quantize(resized, tensor);
-            resize_done = Instant::now();
+            quantizing = start.elapsed();
         };
         let failed = |e: String| RejectReason::new(RejectCode::InferenceFailed, e);
         self.engine
@@ -453,8 +456,8 @@ impl Classifier {
         let infer_done = Instant::now();
         let timings = Timings {
             roi: millis(roi_done - start),
-            resize: millis(resize_done - roi_done),
-            infer: millis(infer_done - resize_done),
+            resize: millis(resize_done - roi_done + quantizing),
+            infer: millis((infer_done - resize_done).saturating_sub(quantizing)),
             ..Timings::default()
         };
         Ok(Classified {
