@@ -417,41 +417,34 @@ pub(crate) fn without_needless_colour(picture: Picture) -> Picture {
     let Picture::Rgb(image) = picture else {
         return picture;
     };
+    let (pixels, _) = image.as_raw().as_chunks();
+    let all_gray = vectorized(
+        #[inline(always)]
+        || {
+            pixels.chunks(1024).all(|part| {
+                let apart = part.iter().map(|[r, g, b]| (r ^ g) | (g ^ b));
+                apart.fold(0, |all, apart| all | apart) == 0
+            })
+        },
+    );
+    if !all_gray {
+        return Picture::Rgb(image);
+    }
     let (width, height) = image.dimensions();
-    let mut samples = image.into_raw();
-    let pixels = samples.len() / 3;
-    // The levels take the place of pixels that have been looked at: this is when a large picture needs most memory. As many at a time as stay in the
-    // processor's cache between the look at them and the copy.
-    let mut grays = 0;
+    let mut levels = image.into_raw();
+    let pixels = levels.len() / 3;
+    // In their own memory: this is when a large picture needs most of it.
     vectorized(
         #[inline(always)]
         || {
-            let mut part = [[0; 3]; 1024];
-            while grays < pixels {
-                let part = &mut part[..(pixels - grays).min(1024)];
-                let bytes = part.as_flattened_mut();
-                bytes.copy_from_slice(&samples[3 * grays..][..bytes.len()]);
-                let apart = |[r, g, b]: &[u8; 3]| (r ^ g) | (g ^ b);
-                if part.iter().map(apart).fold(0, |all, apart| all | apart) != 0 {
-                    break;
-                }
-                for (sample, [level, _, _]) in samples[grays..].iter_mut().zip(part.iter()) {
-                    *sample = *level;
-                }
-                grays += part.len();
+            for i in 0..pixels {
+                levels[i] = levels[3 * i];
             }
         },
     );
-    if grays < pixels {
-        for i in (0..grays).rev() {
-            let level = samples[i];
-            samples[3 * i..][..3].fill(level);
-        }
-        return Picture::Rgb(RgbImage::from_raw(width, height, samples).expect("as it was"));
-    }
-    samples.truncate(pixels);
-    samples.shrink_to_fit();
-    Picture::Gray(GrayImage::from_raw(width, height, samples).expect("one level for each pixel"))
+    levels.truncate(pixels);
+    levels.shrink_to_fit();
+    Picture::Gray(GrayImage::from_raw(width, height, levels).expect("one level for each pixel"))
 }
 
 #[cfg(test)]
