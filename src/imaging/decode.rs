@@ -433,12 +433,20 @@ pub(crate) fn without_needless_colour(picture: Picture) -> Picture {
     let (width, height) = image.dimensions();
     let mut levels = image.into_raw();
     let pixels = levels.len() / 3;
-    // In their own memory: this is when a large picture needs most of it.
+    // In their own memory: this is when a large picture needs most of it. By parts that are copied out first: what is read and what is written overlap,
+    // and pixel by pixel that takes four times as long.
     vectorized(
         #[inline(always)]
         || {
-            for i in 0..pixels {
-                levels[i] = levels[3 * i];
+            let mut part = [0; 3 * 1024];
+            for from in (0..pixels).step_by(1024) {
+                let to = pixels.min(from + 1024);
+                let part = &mut part[..3 * (to - from)];
+                part.copy_from_slice(&levels[3 * from..3 * to]);
+                let (part, _) = part.as_chunks();
+                for (level, [r, _, _]) in levels[from..to].iter_mut().zip(part) {
+                    *level = *r;
+                }
             }
         },
     );
