@@ -85,6 +85,7 @@ pub struct RoiFinder {
     above: Vec<u8>,
     mask: BitMask,
     scratch: BitMask,
+    columns: Vec<u64>,
     components: Components,
     contour: Vec<Point>,
     traced: Vec<Point>,
@@ -101,6 +102,7 @@ impl RoiFinder {
             above: Vec::new(),
             mask: BitMask::default(),
             scratch: BitMask::default(),
+            columns: Vec::new(),
             components: Components::default(),
             contour: Vec::new(),
             traced: Vec::new(),
@@ -161,11 +163,11 @@ impl RoiFinder {
         // More rounds than the longer side change nothing any more.
         let longest = width.max(height);
         for _ in 0..self.spec.erode.min(longest) {
-            self.mask.erode_into(&mut self.scratch);
+            self.mask.erode_into(&mut self.scratch, &mut self.columns);
             std::mem::swap(&mut self.mask, &mut self.scratch);
         }
         for _ in 0..self.spec.dilate.min(longest) {
-            self.mask.dilate_into(&mut self.scratch);
+            self.mask.dilate_into(&mut self.scratch, &mut self.columns);
             std::mem::swap(&mut self.mask, &mut self.scratch);
         }
         let Some((area, bounds)) = self.largest_contour() else {
@@ -359,13 +361,18 @@ fn threshold_blurred(
 /// Packs bytes of 0 or 1 into bits, the first byte into the lowest bit; 64 bytes a word.
 #[inline(always)]
 fn pack(bytes: &[u8], words: &mut [u64]) {
-    for (word, block) in words.iter_mut().zip(bytes.chunks_exact(64)) {
-        *word = 0;
-        for (i, eight) in block.as_chunks::<8>().0.iter().enumerate() {
-            // The product moves byte i's lowest bit to bit 56 + i.
-            let bits = u64::from_le_bytes(*eight).wrapping_mul(0x0102_0408_1020_4080) >> 56;
-            *word |= bits << (8 * i);
+    let (blocks, _) = bytes.as_chunks::<64>();
+    for (word, block) in words.iter_mut().zip(blocks) {
+        let (eights, _) = block.as_chunks();
+        let mut packed = [0; 8];
+        for (packed, eight) in packed.iter_mut().zip(eights) {
+            let bits = u64::from_le_bytes(*eight);
+            // Two bits in each 16, four in each 32, eight in all: the lowest ones.
+            let bits = bits | bits >> 7;
+            let bits = bits | bits >> 14;
+            *packed = (bits | bits >> 28) as u8;
         }
+        *word = u64::from_le_bytes(packed);
     }
 }
 
@@ -428,57 +435,56 @@ impl BitMask {
         }
     }
 
-    /// One round of 3x3 erosion; outside counts as set.
-    fn erode_into(&self, out: &mut Self) {
-        self.combine_into(out, u64::MAX, |a, b| a & b);
+    /// One round of 3x3 erosion; outside counts as set. `columns` is room to work in.
+    fn erode_into(&self, out: &mut Self, columns: &mut Vec<u64>) {
+        vectorized(
+            #[inline(always)]
+            || self.combine_into(out, columns, u64::MAX, |a, b| a & b),
+        );
     }
 
-    /// One round of 3x3 dilation; outside counts as clear.
-    fn dilate_into(&self, out: &mut Self) {
-        self.combine_into(out, 0, |a, b| a | b);
+    /// One round of 3x3 dilation; outside counts as clear. `columns` is room to work in.
+    fn dilate_into(&self, out: &mut Self, columns: &mut Vec<u64>) {
+        vectorized(
+            #[inline(always)]
+            || self.combine_into(out, columns, 0, |a, b| a | b),
+        );
     }
 
     /// `combine` over each pixel's 3x3 neighbours, with `outside` for those beyond the edge.
-    fn combine_into(&self, out: &mut Self, outside: u64, combine: impl Fn(u64, u64) -> u64) {
+    #[inline(always)]
+    fn combine_into(
+        &self,
+        out: &mut Self,
+        columns: &mut Vec<u64>,
+        outside: u64,
+        combine: impl Fn(u64, u64) -> u64,
+    ) {
         out.width = self.width;
         out.height = self.height;
         out.words = self.words;
         out.bits.resize(self.bits.len(), 0);
         let last_word = self.last_word();
         let last = self.height as usize - 1;
-        for y in 0..=last {
-            let (up, here, down) = (
-                self.row(y.saturating_sub(1)),
-                self.row(y),
-                self.row((y + 1).min(last)),
-            );
+        // A row combined with those above and below it, and a word of what is outside at each end.
+        columns.clear();
+        columns.resize(self.words + 2, outside);
+        for (y, out) in out.bits.chunks_exact_mut(self.words).enumerate() {
+            let up = self.row(y.saturating_sub(1));
+            let down = self.row((y + 1).min(last));
+            let rows = up.iter().zip(self.row(y)).zip(down);
+            for (column, ((up, here), down)) in columns[1..].iter_mut().zip(rows) {
+                *column = combine(combine(*up, *here), *down);
+            }
             // The padding is the neighbour of the last column, so it stands for the outside.
-            let column = |i: usize| {
-                let word = combine(combine(up[i], here[i]), down[i]);
-                if i + 1 == self.words {
-                    (word & last_word) | (outside & !last_word)
-                } else {
-                    word
-                }
-            };
-            let (mut left, mut middle) = (outside, column(0));
-            for (i, result) in out.bits[y * self.words..(y + 1) * self.words]
-                .iter_mut()
-                .enumerate()
-            {
-                let right = if i + 1 < self.words {
-                    column(i + 1)
-                } else {
-                    outside
-                };
+            columns[self.words] = (columns[self.words] & last_word) | (outside & !last_word);
+            let neighbours = columns.iter().zip(&columns[1..]).zip(&columns[2..]);
+            for (result, ((left, middle), right)) in out.iter_mut().zip(neighbours) {
                 let from_left = middle << 1 | left >> 63;
                 let from_right = middle >> 1 | right << 63;
-                *result = combine(combine(from_left, middle), from_right);
-                if i + 1 == self.words {
-                    *result &= last_word;
-                }
-                (left, middle) = (middle, right);
+                *result = combine(combine(from_left, *middle), from_right);
             }
+            out[self.words - 1] &= last_word;
         }
     }
 }
@@ -820,10 +826,10 @@ mod tests {
         fn erosion_and_dilation_are_minimum_and_maximum((width, height, set) in masks()) {
             let mask = mask_of(width, height, &set);
             let mut out = BitMask::default();
-            mask.erode_into(&mut out);
+            mask.erode_into(&mut out, &mut Vec::new());
             let wanted: Vec<bool> = (0..set.len()).map(|i| neighbours(width, height, i).all(|n| set[n])).collect();
             prop_assert_eq!(pixels(&out), wanted);
-            mask.dilate_into(&mut out);
+            mask.dilate_into(&mut out, &mut Vec::new());
             let wanted: Vec<bool> = (0..set.len()).map(|i| neighbours(width, height, i).any(|n| set[n])).collect();
             prop_assert_eq!(pixels(&out), wanted);
             prop_assert!(out.bits.chunks(out.words).all(|row| row[out.words - 1] & !out.last_word() == 0));
