@@ -6,6 +6,7 @@ use std::time::Duration;
 use rusqlite::Connection;
 use scansentry::failpoint::POINTS;
 use scansentry::store::DATABASE;
+use serde_json::Value;
 
 use crate::support::{
     Appliance, Mosquitto, Subscriber, assert_no_double_outcome, copy_folder, pause, real_images,
@@ -72,20 +73,26 @@ fn assert_all_there(appliance: &Appliance, subscriber: &Subscriber, images: usiz
     assert_no_double_outcome(&subscriber.results());
     let mut events: HashMap<String, String> = HashMap::new();
     let mut resends = 0;
-    for message in subscriber.messages() {
-        if !["result", "alert", "study"].contains(&message.kind()) {
-            continue;
+    let mut counts = Value::Null;
+    // An update of the alert may be on its way, between one look and the other.
+    wait_for("each event counted once", || {
+        events.clear();
+        resends = 0;
+        for message in subscriber.messages() {
+            if !["result", "alert", "study"].contains(&message.kind()) {
+                continue;
+            }
+            let id = message.json()["event_id"].to_string();
+            if let Some(first) = events.insert(id, message.payload.clone()) {
+                assert_eq!(first, message.payload, "one event, two messages");
+                resends += 1;
+            }
         }
-        let id = message.json()["event_id"].to_string();
-        if let Some(first) = events.insert(id, message.payload.clone()) {
-            assert_eq!(first, message.payload, "one event, two messages");
-            resends += 1;
-        }
-    }
-    let counts = &appliance.status()["counts"];
+        counts = appliance.status()["counts"].take();
+        counts["delivered"] == events.len()
+    });
     let recorded = counts["classified"].as_u64().unwrap() + counts["rejected"].as_u64().unwrap();
     assert_eq!(recorded as usize, images, "one outcome an image");
-    assert_eq!(counts["delivered"], events.len(), "each event counts once");
     assert!(results.iter().all(|r| r["rejected"].is_null()));
     resends
 }
