@@ -414,6 +414,8 @@ fn orient(picture: Picture, orientation: Orientation, notes: &mut Vec<DecodeNote
 /// convert to the same grey level), and one channel is a third of the work for everything that follows. A truly coloured
 /// picture costs a look at its first coloured pixel.
 pub(crate) fn without_needless_colour(picture: Picture) -> Picture {
+    /// Pixels that are looked at, and copied, at a time.
+    const PART: usize = 1024;
     let Picture::Rgb(image) = picture else {
         return picture;
     };
@@ -421,7 +423,7 @@ pub(crate) fn without_needless_colour(picture: Picture) -> Picture {
     let all_gray = vectorized(
         #[inline(always)]
         || {
-            pixels.chunks(1024).all(|part| {
+            pixels.chunks(PART).all(|part| {
                 let apart = part.iter().map(|[r, g, b]| (r ^ g) | (g ^ b));
                 apart.fold(0, |all, apart| all | apart) == 0
             })
@@ -438,9 +440,9 @@ pub(crate) fn without_needless_colour(picture: Picture) -> Picture {
     vectorized(
         #[inline(always)]
         || {
-            let mut part = [0; 3 * 1024];
-            for from in (0..pixels).step_by(1024) {
-                let to = pixels.min(from + 1024);
+            let mut part = [0; 3 * PART];
+            for from in (0..pixels).step_by(PART) {
+                let to = pixels.min(from + PART);
                 let part = &mut part[..3 * (to - from)];
                 part.copy_from_slice(&levels[3 * from..3 * to]);
                 let (part, _) = part.as_chunks();

@@ -85,7 +85,6 @@ pub struct RoiFinder {
     above: Vec<u8>,
     mask: BitMask,
     scratch: BitMask,
-    columns: Vec<u64>,
     components: Components,
     contour: Vec<Point>,
     traced: Vec<Point>,
@@ -102,7 +101,6 @@ impl RoiFinder {
             above: Vec::new(),
             mask: BitMask::default(),
             scratch: BitMask::default(),
-            columns: Vec::new(),
             components: Components::default(),
             contour: Vec::new(),
             traced: Vec::new(),
@@ -163,11 +161,11 @@ impl RoiFinder {
         // More rounds than the longer side change nothing any more.
         let longest = width.max(height);
         for _ in 0..self.spec.erode.min(longest) {
-            self.mask.erode_into(&mut self.scratch, &mut self.columns);
+            self.mask.erode_into(&mut self.scratch);
             std::mem::swap(&mut self.mask, &mut self.scratch);
         }
         for _ in 0..self.spec.dilate.min(longest) {
-            self.mask.dilate_into(&mut self.scratch, &mut self.columns);
+            self.mask.dilate_into(&mut self.scratch);
             std::mem::swap(&mut self.mask, &mut self.scratch);
         }
         let Some((area, bounds)) = self.largest_contour() else {
@@ -435,31 +433,18 @@ impl BitMask {
         }
     }
 
-    /// One round of 3x3 erosion; outside counts as set. `columns` is room to work in.
-    fn erode_into(&self, out: &mut Self, columns: &mut Vec<u64>) {
-        vectorized(
-            #[inline(always)]
-            || self.combine_into(out, columns, u64::MAX, |a, b| a & b),
-        );
+    /// One round of 3x3 erosion; outside counts as set.
+    fn erode_into(&self, out: &mut Self) {
+        self.combine_into(out, u64::MAX, |a, b| a & b);
     }
 
-    /// One round of 3x3 dilation; outside counts as clear. `columns` is room to work in.
-    fn dilate_into(&self, out: &mut Self, columns: &mut Vec<u64>) {
-        vectorized(
-            #[inline(always)]
-            || self.combine_into(out, columns, 0, |a, b| a | b),
-        );
+    /// One round of 3x3 dilation; outside counts as clear.
+    fn dilate_into(&self, out: &mut Self) {
+        self.combine_into(out, 0, |a, b| a | b);
     }
 
     /// `combine` over each pixel's 3x3 neighbours, with `outside` for those beyond the edge.
-    #[inline(always)]
-    fn combine_into(
-        &self,
-        out: &mut Self,
-        columns: &mut Vec<u64>,
-        outside: u64,
-        combine: impl Fn(u64, u64) -> u64,
-    ) {
+    fn combine_into(&self, out: &mut Self, outside: u64, combine: impl Fn(u64, u64) -> u64) {
         out.width = self.width;
         out.height = self.height;
         out.words = self.words;
@@ -467,25 +452,30 @@ impl BitMask {
         let last_word = self.last_word();
         let last = self.height as usize - 1;
         // A row combined with those above and below it, and a word of what is outside at each end.
-        columns.clear();
-        columns.resize(self.words + 2, outside);
-        for (y, out) in out.bits.chunks_exact_mut(self.words).enumerate() {
-            let up = self.row(y.saturating_sub(1));
-            let down = self.row((y + 1).min(last));
-            let rows = up.iter().zip(self.row(y)).zip(down);
-            for (column, ((up, here), down)) in columns[1..].iter_mut().zip(rows) {
-                *column = combine(combine(*up, *here), *down);
-            }
-            // The padding is the neighbour of the last column, so it stands for the outside.
-            columns[self.words] = (columns[self.words] & last_word) | (outside & !last_word);
-            let neighbours = columns.iter().zip(&columns[1..]).zip(&columns[2..]);
-            for (result, ((left, middle), right)) in out.iter_mut().zip(neighbours) {
-                let from_left = middle << 1 | left >> 63;
-                let from_right = middle >> 1 | right << 63;
-                *result = combine(combine(from_left, *middle), from_right);
-            }
-            out[self.words - 1] &= last_word;
-        }
+        let mut columns = vec![outside; self.words + 2];
+        vectorized(
+            #[inline(always)]
+            || {
+                for (y, out) in out.bits.chunks_exact_mut(self.words).enumerate() {
+                    let up = self.row(y.saturating_sub(1));
+                    let down = self.row((y + 1).min(last));
+                    let rows = up.iter().zip(self.row(y)).zip(down);
+                    for (column, ((up, here), down)) in columns[1..].iter_mut().zip(rows) {
+                        *column = combine(combine(*up, *here), *down);
+                    }
+                    // The padding is the neighbour of the last column, so it stands for the outside.
+                    let padded = &mut columns[self.words];
+                    *padded = (*padded & last_word) | (outside & !last_word);
+                    let neighbours = columns.iter().zip(&columns[1..]).zip(&columns[2..]);
+                    for (result, ((left, middle), right)) in out.iter_mut().zip(neighbours) {
+                        let from_left = middle << 1 | left >> 63;
+                        let from_right = middle >> 1 | right << 63;
+                        *result = combine(combine(from_left, *middle), from_right);
+                    }
+                    out[self.words - 1] &= last_word;
+                }
+            },
+        );
     }
 }
 
@@ -826,10 +816,10 @@ mod tests {
         fn erosion_and_dilation_are_minimum_and_maximum((width, height, set) in masks()) {
             let mask = mask_of(width, height, &set);
             let mut out = BitMask::default();
-            mask.erode_into(&mut out, &mut Vec::new());
+            mask.erode_into(&mut out);
             let wanted: Vec<bool> = (0..set.len()).map(|i| neighbours(width, height, i).all(|n| set[n])).collect();
             prop_assert_eq!(pixels(&out), wanted);
-            mask.dilate_into(&mut out, &mut Vec::new());
+            mask.dilate_into(&mut out);
             let wanted: Vec<bool> = (0..set.len()).map(|i| neighbours(width, height, i).any(|n| set[n])).collect();
             prop_assert_eq!(pixels(&out), wanted);
             prop_assert!(out.bits.chunks(out.words).all(|row| row[out.words - 1] & !out.last_word() == 0));
