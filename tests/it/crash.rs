@@ -6,7 +6,6 @@ use std::time::Duration;
 use rusqlite::Connection;
 use scansentry::failpoint::POINTS;
 use scansentry::store::DATABASE;
-use serde_json::Value;
 
 use crate::support::{
     Appliance, Mosquitto, Subscriber, assert_no_double_outcome, copy_folder, pause, real_images,
@@ -64,35 +63,31 @@ fn die(appliance: &mut Appliance, fault: &str) {
     appliance.set("SCANSENTRY_FAIL", "");
 }
 
-/// Checks that every image has one outcome and that everything was delivered, duplicates under the same `event_id` only; returns how many
+/// Checks that every image has one outcome and that everything was delivered, duplicates under the same `event_id` only; stops the daemon and returns how many
 /// messages were resends.
 #[track_caller]
-fn assert_all_there(appliance: &Appliance, subscriber: &Subscriber, images: usize) -> usize {
+fn assert_all_there(appliance: &mut Appliance, subscriber: &Subscriber, images: usize) -> usize {
     let results = subscriber.wait_for_scans(images);
     appliance.wait_until_delivered();
+    // An update of the alert would come between what is read of the ledger and of the subscriber.
+    assert_eq!(appliance.stop(), Some(0));
+    let counts = &appliance.status()["counts"];
     assert_no_double_outcome(&subscriber.results());
     let mut events: HashMap<String, String> = HashMap::new();
     let mut resends = 0;
-    let mut counts = Value::Null;
-    // An update of the alert may be on its way, between one look and the other.
-    wait_for("each event counted once", || {
-        events.clear();
-        resends = 0;
-        for message in subscriber.messages() {
-            if !["result", "alert", "study"].contains(&message.kind()) {
-                continue;
-            }
-            let id = message.json()["event_id"].to_string();
-            if let Some(first) = events.insert(id, message.payload.clone()) {
-                assert_eq!(first, message.payload, "one event, two messages");
-                resends += 1;
-            }
+    for message in subscriber.messages() {
+        if !["result", "alert", "study"].contains(&message.kind()) {
+            continue;
         }
-        counts = appliance.status()["counts"].take();
-        counts["delivered"] == events.len()
-    });
+        let id = message.json()["event_id"].to_string();
+        if let Some(first) = events.insert(id, message.payload.clone()) {
+            assert_eq!(first, message.payload, "one event, two messages");
+            resends += 1;
+        }
+    }
     let recorded = counts["classified"].as_u64().unwrap() + counts["rejected"].as_u64().unwrap();
     assert_eq!(recorded as usize, images, "one outcome an image");
+    assert_eq!(counts["delivered"], events.len(), "each event counts once");
     assert!(results.iter().all(|r| r["rejected"].is_null()));
     resends
 }
@@ -110,7 +105,7 @@ fn killed_at_every_step_the_disk_holds_what_the_table_says_and_the_next_start_do
         die(&mut appliance, &format!("{point}#1:kill"));
         assert_eq!(OnDisk::found(&appliance), OnDisk::after(point), "{point}");
         appliance.start();
-        let resends = assert_all_there(&appliance, &subscriber, 1);
+        let resends = assert_all_there(&mut appliance, &subscriber, 1);
         let results = subscriber.results();
         let replayed = OnDisk::after(point) == OnDisk::after("claimed");
         assert_eq!(results[0]["replayed"], replayed, "{point}");
@@ -171,7 +166,7 @@ fn steps(images: &[Vec<u8>], times: &[usize]) {
     }
     appliance.set("SCANSENTRY_FAIL", "");
     appliance.start();
-    let resends = assert_all_there(&appliance, &subscriber, exported);
+    let resends = assert_all_there(&mut appliance, &subscriber, exported);
     println!(
         "{exported} images, {} deaths, {resends} resends",
         POINTS.len() * times.len()
@@ -229,7 +224,7 @@ fn kills(images: &[Vec<u8>], of_daemon: usize, of_broker: usize, pace: Duration)
         appliance.spawn();
         pause(pace);
     }
-    let resends = assert_all_there(&appliance, &subscriber, images.len());
+    let resends = assert_all_there(&mut appliance, &subscriber, images.len());
     let results = subscriber.results();
     let replayed = results.iter().filter(|r| r["replayed"] == true).count();
     println!(
